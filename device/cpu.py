@@ -1,0 +1,42 @@
+"""The host itself: bytes are read straight into the tensor's own memory, and written straight out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from streamq.device import READER, MiB
+
+WRITE_CHUNK = 4 * MiB  # hashed and written while it is in the cache
+
+
+class CPU:
+    """See `streamq.device.Device`."""
+
+    kind = "cpu"
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def load(self, read: READER, into: torch.Tensor) -> None:
+        read(0, host_bytes(into))
+
+    def wait(self, token: None) -> None:
+        pass
+
+    def mark(self) -> None:
+        pass
+
+    def store(self, tensor: torch.Tensor, token: None) -> Iterator[memoryview]:
+        view = host_bytes(tensor)
+        for start in range(0, len(view), WRITE_CHUNK):
+            yield view[start : start + WRITE_CHUNK]
+
+    def memory(self) -> tuple[int, int]:
+        return 0, 0
+
+
+def host_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous host tensor, without a copy."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())

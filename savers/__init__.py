@@ -1,0 +1,91 @@
+"""Output formats: one module each, which knows the names, dtypes, files and configuration of one runtime.
+
+A format is a module with these names (see `Format`); adding one is a file and a row in FORMATS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from streamq.quantized import Int8Rule, QuantizedLinear, Scheme
+from streamq.wan import Linear, Model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A tensor to be written: its name in the file, safetensors dtype, shape, and the unit (block) it belongs to."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    unit: str
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """What the user may ask of a format's files. `max_shard_size` in bytes, 0 for no limit."""
+
+    layout: str = "block"
+    max_shard_size: int = 0
+
+
+@dataclass(frozen=True)
+class Document:
+    """A small file that is known in full before the run: description, index or configuration."""
+
+    name: str
+    content: bytes
+
+
+class Format(Protocol):
+    """What a format module has. `TYPES` maps streamq's types to the runtime's word for them."""
+
+    TYPES: Mapping[str, str]
+    MODE: int
+    RULES: Mapping[str | None, Int8Rule]
+
+    def quantized_specs(self, layer: Linear, scheme: Scheme) -> list[Spec]:
+        """The tensors of a quantized layer, in file order."""
+
+    def encode(self, layer: QuantizedLinear) -> list[Tensor]:
+        """The same tensors' values, contiguous, in the same order and of the same dtypes."""
+
+    def passed_spec(self, name: str, dtype: str, shape: tuple[int, ...], unit: str) -> Spec:
+        """A tensor that keeps its dtype and bytes, by the runtime's name for it."""
+
+    def check(self, types: Mapping[str, str | None], options: SaveOptions) -> list[str]:
+        """Warnings; raises UsageError for what the runtime could not load. `types`: native layer name -> type."""
+
+    def files(self, specs: Sequence[Spec], types: Mapping[str, str | None], options: SaveOptions) -> list[tuple[str, list[Spec]]]:
+        """Split the tensors, which come in writing order, into files in writing order."""
+
+    def documents(
+        self, model: Model, files: list[tuple[str, list[Spec]]], types: Mapping[str, str | None], options: SaveOptions,
+        beside: Iterable[Path],
+    ) -> list[Document]:  # fmt: skip
+        """Everything that is written besides tensors. `beside`: folders whose configuration files may be copied."""
+
+    def recognise(self, folder: Path) -> bool:
+        """Whether a folder looks like this format's output."""
+
+    def layers_in(self, folder: Path, tensors: Mapping[str, Any]) -> dict[str, str]:
+        """Layer -> type for every block linear in a written folder (`"float"` for those left alone)."""
+
+    def problems(self, folder: Path, tensors: Mapping[str, Any]) -> list[str]:
+        """What the runtime would trip over, or worse, let pass in silence."""
+
+    def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The float32 weight that a layer's tensors (by suffix, e.g. `weight_scale`) stand for."""
+
+
+def formats() -> dict[str, Format]:
+    """Name -> module, in the order in which help texts list them."""
+    from streamq.savers import lightx2v, mindie
+
+    return {"mindie": mindie, "lightx2v": lightx2v}

@@ -1,0 +1,153 @@
+"""LightX2V: native names, a file a block (or one file), and a native `config.json`.
+
+Names, dtypes and files as read by ModelTC/LightX2V (`lightx2v/models/networks/wan/weights/`,
+`lightx2v/common/ops/mm/mm_weight.py`). Its plain loader rounds scales to bf16, so the scale is rounded first and the
+codes are made against the rounded one: what is computed with is what was meant.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamq.checkpoint import DTYPE_SIZE, load_json
+from streamq.errors import UsageError
+from streamq.quantized import Int8Rule, QuantizedLinear, Scheme
+from streamq.savers import Document, SaveOptions, Spec
+from streamq.wan import Linear, Model, unit_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TYPES = {"w8a8": "int8"}
+MODE = 0o644
+RULES: Mapping[str | None, Int8Rule] = {
+    None: Int8Rule(amax_floor=1e-5, scale_dtype="BF16", qmin=-127),
+    "lightx2v": Int8Rule(amax_floor=1e-5, scale_dtype="source", arithmetic="source"),
+}
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+SINGLE = "diffusion_pytorch_model.safetensors"
+CONFIG_KEYS = ("dim", "ffn_dim", "in_dim", "num_heads", "num_layers")
+MAX_JSON_BYTES = 64 << 20
+
+
+def quantized_specs(layer: Linear, scheme: Scheme) -> list[Spec]:
+    """weight, weight_scale, and the bias in the source's dtype."""
+    rows, columns = layer.weight.shape
+    unit = unit_of(layer.name)
+    scale_dtype = layer.weight.dtype if scheme.rule.scale_dtype == "source" else "F32"
+    specs = [
+        Spec(f"{layer.native}.weight", "I8", (rows, columns), unit),
+        Spec(f"{layer.native}.weight_scale", scale_dtype, (rows, 1), unit),
+    ]
+    return specs + ([] if layer.bias is None else [Spec(f"{layer.native}.bias", layer.bias.dtype, (rows,), unit)])
+
+
+def encode(layer: QuantizedLinear) -> list[Tensor]:
+    """Nothing about activations is on disk."""
+    scales = layer.scales
+    if layer.scheme.rule.scale_dtype == "source":
+        scales = scales.to(layer.source_dtype)
+    return [layer.codes, scales] + ([] if layer.bias is None else [layer.bias])
+
+
+def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str) -> Spec:
+    """Float tensors keep the source's dtype and bytes."""
+    return Spec(name, dtype, shape, unit)
+
+
+def check(types: Mapping[str, str | None], options: SaveOptions) -> list[str]:
+    """LightX2V reads every block linear with one scheme: one left float would be multiplied without its scale."""
+    if options.max_shard_size:
+        raise UsageError("lightx2v has a file a block, or one with --layout single; leave --max_shard_size out")
+    left = [name for name, kind in types.items() if kind is None]
+    if left:
+        raise UsageError(
+            f"lightx2v: the recipe leaves {len(left)} of {len(types)} block linears float ({left[0]}, …), but LightX2V"
+            " reads all of them with one scheme; use a recipe without excludes (streamq recipes w8a8_all)"
+        )
+    return []
+
+
+def files(
+    specs: Sequence[Spec], types: Mapping[str, str | None], options: SaveOptions
+) -> list[tuple[str, list[Spec]]]:
+    """`block_N.safetensors` for blocks, `non_block.safetensors` for all else; or a single file."""
+    if options.layout == "single":
+        return [(SINGLE, list(specs))]
+    found: dict[str, list[Spec]] = {}
+    for spec in specs:
+        kind, _, number = spec.unit.partition(".")
+        name = f"block_{number}.safetensors" if kind == "blocks" else "non_block.safetensors"
+        found.setdefault(name, []).append(spec)
+    return list(found.items())
+
+
+def documents(
+    model: Model, files: list[tuple[str, list[Spec]]], types: Mapping[str, str | None], options: SaveOptions,
+    beside: Iterable[Path],
+) -> list[Document]:  # fmt: skip
+    """The native config, and an index where there are several files. LightX2V itself ignores the index."""
+    config = json.dumps(model.native_config, indent=2, sort_keys=True) + "\n"
+    found = [Document("config.json", config.encode())]
+    if options.layout == "block":
+        total = sum(math.prod(s.shape) * DTYPE_SIZE[s.dtype] for _, specs in files for s in specs)
+        weight_map = {spec.name: file for file, specs in files for spec in specs}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        found.append(Document(INDEX, (json.dumps(index, indent=2) + "\n").encode()))
+    return found
+
+
+def recognise(folder: Path) -> bool:
+    """Whether the folder has LightX2V's blocks, or its single file beside a native config."""
+    if (folder / "non_block.safetensors").is_file() and (folder / "block_0.safetensors").is_file():
+        return True
+    return (folder / SINGLE).is_file() and (folder / "config.json").is_file() and "dim" in _config(folder)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    config = load_json(path, MAX_JSON_BYTES) if path.is_file() else {}
+    return config if isinstance(config, dict) else {}
+
+
+def layers_in(folder: Path, tensors: Mapping[str, Any]) -> dict[str, str]:
+    """Layer -> streamq's type, by the weights' dtypes."""
+    return {
+        name.removesuffix(".weight"): "w8a8" if info.dtype == "I8" else "float"
+        for name, info in tensors.items()
+        if name.endswith(".weight") and len(info.shape) == 2 and unit_of(name) != "rest"
+    }
+
+
+def problems(folder: Path, tensors: Mapping[str, Any]) -> list[str]:
+    """LightX2V loads a missing scale or bias as None, and every .safetensors in the folder, both without a word."""
+    config = _config(folder)
+    found = [f"config.json: no {key}, which LightX2V needs" for key in CONFIG_KEYS if key not in config]
+    for layer, kind in layers_in(folder, tensors).items():
+        rows = tensors[f"{layer}.weight"].shape[0]
+        if kind == "float":
+            found.append(f"{layer}.weight: {tensors[f'{layer}.weight'].dtype}, must be I8: LightX2V reads one scheme")
+            continue
+        scale, bias = tensors.get(f"{layer}.weight_scale"), tensors.get(f"{layer}.bias")
+        if scale is None:
+            found.append(f"{layer}.weight_scale: missing; LightX2V would load None")
+        elif scale.dtype not in ("F32", "BF16", "F16") or tuple(scale.shape) != (rows, 1):
+            found.append(f"{layer}.weight_scale: {scale.dtype} {list(scale.shape)}, must be F32 or BF16 [{rows}, 1]")
+        if bias is None:
+            found.append(f"{layer}.bias: missing; LightX2V would load None")
+        elif bias.dtype not in ("F32", "BF16", "F16") or tuple(bias.shape) != (rows,):
+            found.append(f"{layer}.bias: {bias.dtype} {list(bias.shape)}, must be a float [{rows}]")
+    ours = {"non_block.safetensors", SINGLE} | {f"block_{i}.safetensors" for i in range(config.get("num_layers", 0))}
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name not in ours:
+            found.append(f"{path.name}: LightX2V would load this file too; move it elsewhere")
+    return found
+
+
+def decode(tensors: Mapping[str, Tensor]) -> Tensor:
+    """codes · scale, float32 [out, in]."""
+    return tensors["weight"].float() * tensors["weight_scale"].float()

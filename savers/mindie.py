@@ -1,0 +1,202 @@
+"""MindIE (Ascend): one safetensors file with native names, and a description JSON that types every tensor.
+
+Names, dtypes and files as written by msModelSlim (Ascend/msmodelslim, `mindie_format_saver`) and read by MindIE-SD
+(Ascend/MindIE-SD, `mindiesd/quantization`), which refuses files that others may read and finds the weights by a name
+made of `model_quant_type`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamq.checkpoint import DTYPE_SIZE, load_json
+from streamq.errors import UsageError
+from streamq.quantized import Int8Rule, QuantizedLinear, Scheme
+from streamq.savers import Document, SaveOptions, Spec
+from streamq.wan import Linear, Model, unit_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TYPES = {"w8a8": "W8A8_DYNAMIC"}
+MODE = 0o640  # mindiesd raises PermissionError for anything wider
+FP32_EPS = 2.0**-23
+RULES: Mapping[str | None, Int8Rule] = {
+    None: Int8Rule(scale_floor=FP32_EPS),
+    "msmodelslim": Int8Rule(scale_floor=FP32_EPS, scale_dtype="source", arithmetic="source"),
+}
+FLOAT = "FLOAT"
+MAX_FILE_BYTES = 100 << 30  # what mindiesd reads
+MAX_DOCUMENT_BYTES = 64 << 20
+# Suffix -> (dtype, shape of [out, in]) of a W8A8_DYNAMIC layer; the bias is apart, because it is typed FLOAT.
+_DYNAMIC = {"weight": "I8", "weight_scale": "F32", "weight_offset": "F32"}
+
+
+def quantized_specs(layer: Linear, scheme: Scheme) -> list[Spec]:
+    """weight, weight_scale, weight_offset and, always in F32, bias."""
+    rows, columns = layer.weight.shape
+    unit = unit_of(layer.name)
+    shapes = {"weight": (rows, columns), "weight_scale": (rows, 1), "weight_offset": (rows, 1)}
+    specs = [Spec(f"{layer.native}.{suffix}", dtype, shapes[suffix], unit) for suffix, dtype in _DYNAMIC.items()]
+    return specs + ([] if layer.bias is None else [Spec(f"{layer.native}.bias", "F32", (rows,), unit)])
+
+
+def encode(layer: QuantizedLinear) -> list[Tensor]:
+    """Offsets are zero (symmetric) and never read, but msModelSlim writes them."""
+    tensors = [layer.codes, layer.scales, layer.scales.new_zeros(layer.scales.shape)]
+    return tensors + ([] if layer.bias is None else [layer.bias.float()])
+
+
+def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str) -> Spec:
+    """FLOAT tensors keep the source's dtype and bytes; mindiesd does not read them."""
+    return Spec(name, dtype, shape, unit)
+
+
+def check(types: Mapping[str, str | None], options: SaveOptions) -> list[str]:
+    """Warns of shards, which the present runtime does not read."""
+    if options.layout != "block":
+        raise UsageError(f"--layout {options.layout} is for lightx2v; mindie writes one file, or shards by --max_shard_size")
+    if not options.max_shard_size:
+        return []
+    return ["mindie in shards: mindiesd 3.1.0 reads only the single file; leave --max_shard_size and part_file_size out"]
+
+
+def _quant_type(types: Mapping[str, str | None]) -> str:
+    """`model_quant_type`: the type of the last quantized layer in model order."""
+    return TYPES[[kind for kind in types.values() if kind][-1]]
+
+
+def files(
+    specs: Sequence[Spec], types: Mapping[str, str | None], options: SaveOptions
+) -> list[tuple[str, list[Spec]]]:
+    """One file, or msModelSlim's shards: a tensor that would reach the limit starts a new one."""
+    if not options.max_shard_size:
+        size = sum(_nbytes(spec) for spec in specs)
+        if size > MAX_FILE_BYTES:
+            raise UsageError(f"mindie: {size} bytes of weights, mindiesd reads at most {MAX_FILE_BYTES}")
+        return [(f"quant_model_weight_{_quant_type(types).lower()}.safetensors", list(specs))]
+    shards: list[list[Spec]] = [[]]
+    room = options.max_shard_size
+    for spec in specs:
+        if shards[-1] and _nbytes(spec) >= room:
+            shards.append([])
+            room = options.max_shard_size
+        shards[-1].append(spec)
+        room -= _nbytes(spec)
+    count = len(shards)
+    return [(f"quant_model_weight-{i:05d}-of-{count:05d}.safetensors", shard) for i, shard in enumerate(shards, 1)]
+
+
+def _nbytes(spec: Spec) -> int:
+    return math.prod(spec.shape) * DTYPE_SIZE[spec.dtype]
+
+
+def documents(
+    model: Model, files: list[tuple[str, list[Spec]]], types: Mapping[str, str | None], options: SaveOptions,
+    beside: Iterable[Path],
+) -> list[Document]:  # fmt: skip
+    """The description, an index where there are shards, and the `*.json` and `*.py` that lie beside the weights."""
+    specs = [spec for _, shard in files for spec in shard]
+    description: dict[str, str] = {}
+    for spec in specs:
+        layer, _, suffix = spec.name.rpartition(".")
+        kind = types.get(layer)
+        description[spec.name] = TYPES[kind] if kind and suffix in _DYNAMIC else FLOAT
+    description["model_quant_type"] = _quant_type(types)
+    name = f"quant_model_description_{_quant_type(types).lower()}.json"
+    found = {name: json.dumps(description, indent=4).encode()}
+    if options.max_shard_size:
+        total = sum(_nbytes(spec) for spec in specs)
+        weight_map = {spec.name: file for file, shard in files for spec in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        found["quant_model_weight.safetensors.index.json"] = json.dumps(index, indent=2).encode()
+    for folder in beside:
+        for path in sorted([*folder.glob("*.json"), *folder.glob("*.py")]):
+            wanted = path.is_file() and not path.name.endswith("index.json") and path.name != "streamq.json"
+            if wanted and path.name not in found and path.stat().st_size <= MAX_DOCUMENT_BYTES:
+                found[path.name] = path.read_bytes()
+    return [Document(file, content) for file, content in found.items()]
+
+
+def recognise(folder: Path) -> bool:
+    """Whether there is exactly one MindIE description in the folder."""
+    return len(list(folder.glob("quant_model_description*.json"))) == 1
+
+
+def _description(folder: Path) -> dict[str, str]:
+    path = next(iter(folder.glob("quant_model_description*.json")))
+    document = load_json(path, MAX_DOCUMENT_BYTES)
+    if not isinstance(document, dict) or not all(isinstance(kind, str) for kind in document.values()):
+        raise UsageError(f"{path}: not an object of texts; not a MindIE description")
+    return document
+
+
+def layers_in(folder: Path, tensors: Mapping[str, Any]) -> dict[str, str]:
+    """Layer -> streamq's type, by the description."""
+    back = {word: kind for kind, word in TYPES.items()} | {FLOAT: "float"}
+    return {
+        name.removesuffix(".weight"): back.get(kind, kind)
+        for name, kind in _description(folder).items()
+        if name.endswith(".weight") and len(tensors[name].shape if name in tensors else ()) == 2
+    }
+
+
+def problems(folder: Path, tensors: Mapping[str, Any]) -> list[str]:
+    """mindiesd ignores an unknown type without a word, and reads the weights under one name only."""
+    description = _description(folder)
+    path = next(iter(folder.glob("quant_model_description*.json")))
+    found = []
+    quant_type = description.pop("model_quant_type", None)
+    if quant_type is None:
+        found.append(f"{path.name}: no model_quant_type")
+    else:
+        wanted = f"quant_model_weight_{quant_type.lower()}.safetensors"
+        sharded = (folder / "quant_model_weight.safetensors.index.json").is_file()
+        if not sharded and not (folder / wanted).is_file():
+            found.append(f"{wanted} is missing: mindiesd looks for it by model_quant_type {quant_type}")
+        if path.name != f"quant_model_description_{quant_type.lower()}.json":
+            found.append(f"{path.name}: its model_quant_type is {quant_type}")
+    for file in (path, *folder.glob("quant_model_weight*.safetensors")):
+        mode = stat.S_IMODE(file.stat().st_mode)
+        if mode & ~MODE:
+            found.append(f"{file.name}: mode {mode:04o}, mindiesd refuses anything wider than {MODE:04o}; chmod 640 it")
+        if file.is_symlink():
+            found.append(f"{file.name}: a symbolic link, which mindiesd refuses")
+    found += [f"{name}: in the weights, not in {path.name}" for name in tensors if name not in description]
+    found += [f"{name}: in {path.name}, not in the weights" for name in description if name not in tensors]
+    known = {FLOAT, *TYPES.values()}
+    found += [f"{name}: unknown type {kind!r}" for name, kind in description.items() if kind not in known]
+    for name, info in tensors.items():
+        if description.get(name) == TYPES["w8a8"] and name.endswith(".weight"):
+            found += _layer_problems(name.removesuffix(".weight"), info, tensors, description)
+    return found
+
+
+def _layer_problems(
+    layer: str, weight: Any, tensors: Mapping[str, Any], description: Mapping[str, str]
+) -> list[str]:  # fmt: skip
+    found = []
+    rows = weight.shape[0] if weight.shape else 0
+    expected = {"weight": ("I8", weight.shape), "weight_scale": ("F32", (rows, 1)), "weight_offset": ("F32", (rows, 1))}
+    for suffix, (dtype, shape) in expected.items():
+        info = tensors.get(f"{layer}.{suffix}")
+        if info is None:
+            found.append(f"{layer}.{suffix}: missing")
+        elif (info.dtype, tuple(info.shape)) != (dtype, tuple(shape)):
+            found.append(f"{layer}.{suffix}: {info.dtype} {list(info.shape)}, must be {dtype} {list(shape)}")
+        elif description.get(f"{layer}.{suffix}") != TYPES["w8a8"]:
+            found.append(f"{layer}.{suffix}: typed {description.get(f'{layer}.{suffix}')}, must be {TYPES['w8a8']}")
+    bias = tensors.get(f"{layer}.bias")
+    if bias is not None and (bias.dtype, tuple(bias.shape)) != ("F32", (rows,)):
+        found.append(f"{layer}.bias: {bias.dtype} {list(bias.shape)}, must be F32 [{rows}]")
+    return found
+
+
+def decode(tensors: Mapping[str, Tensor]) -> Tensor:
+    """codes · scale, float32 [out, in]."""
+    return tensors["weight"].float() * tensors["weight_scale"]

@@ -1,0 +1,40 @@
+"""The two ways in which a run can end badly, and the wording of their one line.
+
+A message says what, where, both numbers where there are two, and the next step. `cli.main` prints it after
+`error: ` and exits with the class's status.
+"""
+
+
+class StreamqError(Exception):
+    """Base of every error that is meant for the user's eyes."""
+
+    status = 1
+
+
+class UsageError(StreamqError):
+    """Options, a recipe or an input that cannot be worked with: found before anything is written. Exit status 2."""
+
+    status = 2
+
+
+class RunError(StreamqError):
+    """The work itself failed: a bad weight, a full disk, a source that changed. Exit status 1."""
+
+    status = 1
+
+
+def nearest(word: str, known: "list[str] | tuple[str, ...] | set[str] | dict[str, object]", count: int = 3) -> str:
+    """`"; nearest: a, b"` for an unknown `word`, or an empty string when nothing known resembles it."""
+    import difflib
+
+    close = difflib.get_close_matches(word, sorted(known), n=count, cutoff=0.5)
+    return f"; nearest: {', '.join(close)}" if close else ""
+
+
+def format_bytes(count: float) -> str:
+    """`5676070424` -> `5.68 GB`: powers of 1000, three digits."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

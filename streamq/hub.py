@@ -1,0 +1,41 @@
+"""From what the user typed to a folder on this machine: a path as it is, or a hub id through huggingface_hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from streamq.errors import UsageError
+
+# A transformer's weights and every small configuration file; not text encoders, VAEs or tokenizers.
+WANTED = ["*.json", "diffusion_pytorch_model*.safetensors"] + [
+    f"{folder}/*.safetensors" for folder in ("transformer", "transformer_2", "high_noise_model", "low_noise_model")
+]
+UNWANTED = [f"{folder}/*" for folder in ("text_encoder*", "image_encoder", "vae", "tokenizer", "google", "assets")]
+
+
+def resolve(model_path: str, *, download: bool) -> Path:
+    """The local file or folder. `download` False looks into the local cache only (plan and inspect move no weights).
+
+    Raises UsageError.
+    """
+    path = Path(model_path).expanduser()
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model_path):
+        raise UsageError(f"--model_path {model_path}: no such file or folder, and not a hub id (owner/name)")
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                model_path, allow_patterns=WANTED, ignore_patterns=UNWANTED, local_files_only=not download
+            )
+        )
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"--model_path {model_path}: no such path here, and not to be had as a hub id ({reason});"
+            f" `hf download {model_path}` fetches it where there is a network"
+        ) from error

@@ -1,0 +1,301 @@
+"""What is committed, and what a second start on the same folder may trust.
+
+The journal (`streamq-journal.jsonl`) exists while a run is unfinished: a first line that says which plan and which
+source, then a line for every committed unit, appended and synced after the unit's bytes are on the disk. State is what
+the journal says and nothing else; a torn last line never happened. An advisory lock on it keeps a second run out. The
+manifest (`streamq.json`) is written last and is the sign that the folder is complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streamq import __version__
+from streamq.errors import RunError, UsageError
+from streamq.plan import Plan, check_disk
+from streamq.savers import formats
+from streamq.savers.shard import PARTIAL, Place, ShardWriter, sha256_of, sync_folder, write_whole
+
+JOURNAL = "streamq-journal.jsonl"
+MANIFEST = "streamq.json"
+MANIFEST_MODE = 0o644
+# Where a run may have left files below its output folder, besides one folder a format.
+_SUBFOLDERS = ("high_noise_model", "low_noise_model", "transformer", "transformer_2")
+_SUFFIXES = (".safetensors", ".json", ".gguf", PARTIAL)
+
+
+@dataclass
+class Commit:
+    """One finished unit. `tensors`: file path -> tensor -> sha256. `layers`: format -> layer -> relative error."""
+
+    unit: str
+    tensors: dict[str, dict[str, str]] = field(default_factory=dict)
+    layers: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+class Journal:
+    """The open, locked journal of an unfinished run."""
+
+    def __init__(self, path: Path, descriptor: int, commits: list[Commit]) -> None:
+        self.path = path
+        self.commits = commits
+        self._descriptor = descriptor
+
+    def append(self, commit: Commit) -> None:
+        """Make a unit count: its bytes must be on the disk already."""
+        _append(self._descriptor, asdict(commit))
+        self.commits.append(commit)
+
+    def remove(self) -> None:
+        """The manifest is there: the journal has done its work."""
+        self.path.unlink(missing_ok=True)
+        sync_folder(self.path.parent)
+
+    def close(self) -> None:
+        """Release the lock; what is committed stays."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def open_journal(plan: Plan) -> Journal | None:
+    """Look at the output folder and take it over: new, or where an earlier run of the same plan stopped.
+
+    Returns None when the same plan is finished and its files are as its manifest says. Raises UsageError, touching
+    nothing, for another plan's or foreign content (without `overwrite`) and for a folder at which another run works;
+    RunError when the folder is finished but damaged.
+    """
+    folder, options = plan.options.save_path, plan.options
+    path = folder / JOURNAL
+    while path.exists():
+        descriptor = _lock(path)
+        if descriptor is None:  # its owner finished between our two looks
+            continue
+        if options.overwrite:
+            break
+        try:
+            commits = _read(plan, descriptor, path)
+        except UsageError:
+            os.close(descriptor)
+            raise
+        if options.resume and commits is not None:
+            return Journal(path, descriptor, commits)
+        break
+    else:
+        descriptor = -1
+        if not options.overwrite and _finished(plan):
+            return None
+    doomed = discardable(folder) if options.overwrite or descriptor >= 0 else set()
+    check_disk(plan, freed=sum(path.lstat().st_size for path in doomed))
+    for old in doomed:
+        old.unlink()
+    if descriptor >= 0:
+        os.close(descriptor)
+    return _create(plan, path)
+
+
+def _lock(path: Path) -> int | None:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UsageError(f"--save_path {path.parent}: another run is at work on it; wait for it, or choose another") from None
+    if not path.exists() or path.stat().st_ino != os.fstat(descriptor).st_ino:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _create(plan: Plan, path: Path) -> Journal:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (FileExistsError, BlockingIOError):
+        raise UsageError(f"--save_path {path.parent}: another run has just started on it; wait for it") from None
+    except OSError as error:
+        raise UsageError(f"--save_path {path.parent}: {error.strerror}; choose a folder that can be written to") from error
+    _append(descriptor, {"streamq": __version__, "plan": plan.hash, "sources": _source_times(plan)})
+    sync_folder(path.parent)
+    return Journal(path, descriptor, [])
+
+
+def _append(descriptor: int, value: dict[str, Any]) -> None:
+    line = json.dumps(value, separators=(",", ":")).encode() + b"\n"
+    try:
+        while line:
+            line = line[os.write(descriptor, line) :]
+        os.fsync(descriptor)
+    except OSError as error:
+        raise RunError(f"{JOURNAL}: {error.strerror}; committed blocks are kept: make room, then run again") from error
+
+
+def _source_times(plan: Plan) -> list[list[Any]]:
+    return [
+        [part.expert.name, file.name, file.size, file.mtime_ns]
+        for part in plan.experts
+        for file in part.expert.model.checkpoint.files
+    ]
+
+
+def _read(plan: Plan, descriptor: int, path: Path) -> list[Commit] | None:
+    """The commits that count, with anything torn behind them cut off; None where no run of any plan got started."""
+    with open(path, "rb") as stream:
+        raw = stream.read()
+    lines, kept = [], 0
+    for line in raw.splitlines(keepends=True):
+        try:
+            value = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            break
+        lines.append(value)
+        kept += len(line)
+    if not lines:
+        return None
+    if lines[0].get("plan") != plan.hash:
+        raise UsageError(
+            f"--save_path {path.parent}: holds another plan's unfinished output (plan {str(lines[0].get('plan'))[:12]},"
+            f" this one is {plan.hash[:12]}); give the options that it was started with, --overwrite, or another folder"
+        )
+    if not plan.options.resume:
+        return None
+    if lines[0].get("sources") != _source_times(plan):
+        raise UsageError(
+            f"{plan.source_path}: its files are not those that the unfinished run in {path.parent} was reading (their"
+            " time of change differs); restore them, or start again with --no_resume"
+        )
+    os.ftruncate(descriptor, kept)
+    commits = [Commit(**line) for line in lines[1:]]
+    units = [unit.key for unit in plan.units]
+    assert [commit.unit for commit in commits] == units[: len(commits)], "the journal is not a start of its own plan"
+    return commits
+
+
+def _finished(plan: Plan) -> bool:
+    folder = plan.options.save_path
+    manifest = folder / MANIFEST
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    if not manifest.is_file():
+        first = min(path.name for path in folder.iterdir())
+        raise UsageError(
+            f"--save_path {folder}: not empty ({first}, …) and not an output of streamq; choose another folder, or"
+            " --overwrite to discard the model files in it"
+        )
+    try:
+        document = json.loads(manifest.read_bytes())
+        made_by = document["plan"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{manifest}: not a manifest of streamq ({error}); --overwrite discards what is there") from error
+    if made_by != plan.hash:
+        raise UsageError(
+            f"--save_path {folder}: holds another plan's finished output (plan {str(made_by)[:12]}, this one is"
+            f" {plan.hash[:12]}); choose another folder, or --overwrite"
+        )
+    for name, about in document["files"].items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else -1
+        if size != about["bytes"] or sha256_of(path) != about["sha256"]:
+            found = "is missing" if size < 0 else f"has {size} bytes, made with {about['bytes']}"
+            found = found if size != about["bytes"] else "has other content than the manifest says"
+            raise RunError(f"{path}: {found}; make it anew with --overwrite")
+    return True
+
+
+def discardable(folder: Path) -> set[Path]:
+    """What a run, streamq's or another tool's, left: model files, journal, manifest, and what the manifest lists.
+
+    Other files stay: `--overwrite` on the wrong folder must not cost anybody's holiday pictures.
+    """
+    doomed = {folder / JOURNAL}
+    manifest = folder / MANIFEST
+    if manifest.is_file():
+        try:
+            listed = json.loads(manifest.read_bytes())["files"]
+            doomed |= {folder / name for name in listed if ".." not in Path(name).parts and not Path(name).is_absolute()}
+        except (ValueError, KeyError, TypeError):
+            pass  # a broken manifest lists nothing
+    places = [folder, *(folder / name for name in _SUBFOLDERS)]
+    places += [folder / form / name for form in formats() for name in ("", *_SUBFOLDERS)]
+    for place in places:
+        if place.is_dir() and (place == folder or not place.is_symlink()):
+            doomed |= {path for path in place.iterdir() if path.name.endswith(_SUFFIXES)}
+    return {path for path in doomed if path.is_file() or path.is_symlink()}
+
+
+def open_files(plan: Plan, journal: Journal) -> list[ShardWriter]:
+    """Every output file: new ones allocated in full, begun ones hashed again as far as they are committed.
+
+    Raises UsageError when what the journal says is committed is not there, RunError on a full disk.
+    """
+    units = {unit.key: unit for unit in plan.units}
+    committed: dict[int, list[tuple[Place, str]]] = {}
+    for commit in journal.commits:
+        for step in units[commit.unit].steps:
+            for place in (place for output in step.outputs for place in output.places):
+                digest = commit.tensors[plan.files[place.file].path][place.name]
+                committed.setdefault(place.file, []).append((place, digest))
+    writers = [ShardWriter(plan.options.save_path, file) for file in plan.files]
+    for number, writer in enumerate(writers):
+        if number in committed:
+            problem = writer.reopen(committed[number])
+            if problem:
+                raise UsageError(f"{plan.options.save_path}: cannot be resumed: {problem}; start again with --no_resume")
+        else:
+            writer.create()
+    return writers
+
+
+def write_manifest(plan: Plan, commits: list[Commit], hashes: dict[str, str]) -> dict[str, Any]:
+    """Write `streamq.json`. `hashes`: path -> sha256 of every output file. Holds nothing that two runs differ in."""
+    tensors: dict[str, dict[str, str]] = {}
+    errors: dict[str, dict[str, float]] = {}
+    for commit in commits:
+        for path, found in commit.tensors.items():
+            tensors.setdefault(path, {}).update(found)
+        for form, layers in commit.layers.items():
+            errors.setdefault(form, {}).update(layers)
+    sizes = {f.path: f.size for f in plan.files} | {path: len(content) for path, content, _ in plan.documents}
+    model = plan.experts[0].expert.model
+    document = {
+        "streamq": __version__,
+        "plan": plan.hash,
+        "device": plan.device_kind,
+        "options": {"match": plan.options.match, "seed": plan.options.seed, "layout": plan.options.layout,
+                    "max_shard_size": plan.options.max_shard_size},
+        "model": {"family": model.family, "blocks": model.n_blocks, "vace_blocks": model.n_vace_blocks,
+                  "dim": model.dim, "layout": model.layout, "experts": [p.expert.name for p in plan.experts]},
+        "source": plan.sources,
+        "formats": {
+            target.name: {
+                "folder": target.folder,
+                "recipe": target.recipe.document,
+                "layers": {
+                    name: {"type": kind} | _error(errors.get(target.name, {}).get(name))
+                    for name, kind in plan.layers[target.name].items()
+                },
+            }
+            for target in plan.targets
+        },
+        "files": {
+            path: {"bytes": sizes[path], "sha256": digest} | ({"tensors": tensors[path]} if path in tensors else {})
+            for path, digest in sorted(hashes.items())
+        },
+    }  # fmt: skip
+    write_whole(plan.options.save_path / MANIFEST, json.dumps(document, indent=1).encode(), MANIFEST_MODE)
+    return document
+
+
+def _error(value: float | None) -> dict[str, float]:
+    return {} if value is None else {"rel_error": value}

@@ -1,0 +1,464 @@
+"""What streamq knows of Wan: families, both name styles, shapes, layers, and where experts lie.
+
+Everything is read off tensor names and shapes, never off a file name or a config alone. Inside streamq a tensor goes by
+its diffusers name; native names exist at the two doors, the checkpoint and the savers. A module that diffusers has no
+name for (S2V's and Animate's extra encoders) keeps its native name.
+
+Names and shapes: Wan-Video/Wan2.1 and Wan2.2 `wan/modules/model.py`, huggingface/diffusers `transformer_wan.py`,
+`transformer_wan_vace.py` and `scripts/convert_wan_to_diffusers.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from streamq.checkpoint import Checkpoint, TensorInfo, load_json, open_checkpoint
+from streamq.errors import UsageError, nearest
+
+HEAD_DIM = 128  # every released Wan
+COMFYUI_PREFIX = "model.diffusion_model."
+FLOAT_DTYPES = {"F32", "BF16", "F16"}
+MAX_CONFIG_BYTES = 4 << 20
+
+_ATTENTION = {
+    "q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k",
+    "k_img": "add_k_proj", "v_img": "add_v_proj", "norm_k_img": "norm_added_k",
+}  # fmt: skip
+# Module inside a block, native -> diffusers. Mind norm3: native norm3 is diffusers norm2 (the others have no tensors).
+_BLOCK = {
+    **{f"self_attn.{native}": f"attn1.{diffusers}" for native, diffusers in _ATTENTION.items()},
+    **{f"cross_attn.{native}": f"attn2.{diffusers}" for native, diffusers in _ATTENTION.items()},
+    "norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2", "modulation": "scale_shift_table",
+    "before_proj": "proj_in", "after_proj": "proj_out",
+}  # fmt: skip
+_TOP = {
+    "patch_embedding": "patch_embedding",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "head.modulation": "scale_shift_table",
+    "head.head": "proj_out",
+    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+    "vace_patch_embedding": "vace_patch_embedding",
+}
+_BLOCK_BACK = {diffusers: native for native, diffusers in _BLOCK.items()}
+_TOP_BACK = {diffusers: native for native, diffusers in _TOP.items()}
+_NAME = re.compile(r"(?P<block>(?:vace_)?blocks\.\d+\.)?(?P<module>.+?)(?P<leaf>\.(?:weight|bias))?")
+
+# The linear layers that every block has, by diffusers name, in module order.
+BLOCK_LINEARS = (
+    "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0",
+    "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0",
+    "ffn.net.0.proj", "ffn.net.2",
+)  # fmt: skip
+OPTIONAL_LINEARS = ("attn2.add_k_proj", "attn2.add_v_proj", "proj_in", "proj_out")
+_BLOCK_ORDER = (
+    "scale_shift_table", *BLOCK_LINEARS[:4], "attn1.norm_q", "attn1.norm_k", "norm2", *BLOCK_LINEARS[4:8],
+    "attn2.norm_q", "attn2.norm_k", "attn2.add_k_proj", "attn2.add_v_proj", "attn2.norm_added_k",
+    *BLOCK_LINEARS[8:], "proj_in", "proj_out",
+)  # fmt: skip
+_REQUIRED_TOP = [
+    f"{module}.weight"
+    for module in ("patch_embedding", "proj_out", *(_TOP[f"text_embedding.{i}"] for i in (0, 2)),
+                   *(_TOP[f"time_embedding.{i}"] for i in (0, 2)), _TOP["time_projection.1"])
+]  # fmt: skip
+# Tensors that only an already quantized checkpoint has.
+_QUANTIZED_NAME = re.compile(
+    r".*\.(weight_scale|scale_weight|scale_input|input_scale|weight_offset|comfy_quant|deq_scale|quant_bias|qweight)$"
+    r"|scaled_fp8$"
+)
+
+MODEL_TYPES: dict[str, tuple[str, frozenset[str]]] = {
+    "Wan2_1": ("Wan2_1", frozenset({"t2v", "i2v", "flf2v", "vace"})),
+    "Wan2.1": ("Wan2_1", frozenset({"t2v", "i2v", "flf2v", "vace"})),
+    "Wan2_2": ("Wan2_2", frozenset({"t2v", "i2v", "ti2v", "s2v", "animate", "vace"})),
+    "Wan2.2": ("Wan2_2", frozenset({"t2v", "i2v", "ti2v", "s2v", "animate", "vace"})),
+    "Wan2.2-T2V-A14B": ("Wan2_2", frozenset({"t2v"})),
+    "Wan2.2-I2V-A14B": ("Wan2_2", frozenset({"i2v"})),
+    "Wan2.2-TI2V-5B": ("Wan2_2", frozenset({"ti2v"})),
+}
+
+
+def _rename(name: str, block: dict[str, str], top: dict[str, str]) -> str | None:
+    match = _NAME.fullmatch(name)
+    assert match is not None
+    module = (block if match["block"] else top).get(match["module"])
+    return None if module is None else f"{match['block'] or ''}{module}{match['leaf'] or ''}"
+
+
+def to_diffusers(native: str) -> str | None:
+    """Diffusers name of a native tensor or module name; None where diffusers has none."""
+    return _rename(native, _BLOCK, _TOP)
+
+
+def to_native(diffusers: str) -> str:
+    """Native name of a tensor or module that goes by its diffusers name inside; unknown names stay as they are."""
+    return _rename(diffusers, _BLOCK_BACK, _TOP_BACK) or diffusers
+
+
+def block_of(name: str) -> str | None:
+    """`"blocks.3"` for anything inside that block (`"vace_blocks.0"` likewise), None for the rest."""
+    match = re.match(r"((?:vace_)?blocks\.\d+)\.", name)
+    return match[1] if match else None
+
+
+def unit_of(name: str) -> str:
+    """What is committed together: the tensor's block, or `"rest"` for everything outside blocks."""
+    return block_of(name + ".") or "rest"
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer inside a block. `name` is the diffusers name; `weight` is [out, in], `bias` [out] or None."""
+
+    name: str
+    weight: TensorInfo
+    bias: TensorInfo | None
+
+    @property
+    def native(self) -> str:
+        """The name that recipes match and that MindIE and LightX2V use."""
+        return to_native(self.name)
+
+
+@dataclass(frozen=True)
+class Model:
+    """One Wan transformer (one expert), as its tensors describe it.
+
+    `tensors` maps diffusers names to what lies in the checkpoint, in model order: blocks, VACE blocks, the rest.
+    """
+
+    checkpoint: Checkpoint
+    family: str
+    layout: str
+    prefix: str
+    dim: int
+    ffn_dim: int
+    in_channels: int
+    out_channels: int
+    n_blocks: int
+    n_vace_blocks: int
+    tensors: dict[str, TensorInfo]
+    warnings: tuple[str, ...]
+
+    @property
+    def blocks(self) -> list[str]:
+        """`["blocks.0", …, "vace_blocks.0", …]`."""
+        return [f"blocks.{i}" for i in range(self.n_blocks)] + [f"vace_blocks.{i}" for i in range(self.n_vace_blocks)]
+
+    @cached_property
+    def linears(self) -> tuple[Linear, ...]:
+        """Every linear layer inside a block or VACE block, in model order: what a recipe can reach."""
+        found = []
+        for name, info in self.tensors.items():
+            block = block_of(name)
+            if block is None or not name.endswith(".weight"):
+                continue
+            layer = name.removesuffix(".weight")
+            if layer.removeprefix(block + ".") in BLOCK_LINEARS + OPTIONAL_LINEARS:
+                found.append(Linear(layer, info, self.tensors.get(f"{layer}.bias")))
+        return tuple(found)
+
+    def native_name(self, info: TensorInfo) -> str:
+        """A stored tensor's native name, whatever style and prefix it is stored under."""
+        stored = info.name.removeprefix(self.prefix)
+        return stored if self.layout == "native" else to_native(stored)
+
+    @cached_property
+    def source_config(self) -> dict[str, Any]:
+        """The `config.json` beside the weights, or {} where there is none."""
+        path = self.checkpoint.root / "config.json"
+        config = load_json(path, MAX_CONFIG_BYTES) if path.is_file() else {}
+        return config if isinstance(config, dict) else {}
+
+    @cached_property
+    def native_config(self) -> dict[str, Any]:
+        """The twelve keys of Wan-AI's own `config.json`, from shapes and, where shapes cannot tell, the source's config.
+
+        Raises UsageError where neither tells the number of heads.
+        """
+        given = self.source_config
+        heads = given.get("num_heads", given.get("num_attention_heads"))
+        if not isinstance(heads, int):
+            if self.dim % HEAD_DIM:
+                raise UsageError(
+                    f"{self.checkpoint.root}: no config.json, and a width of {self.dim} is not a multiple of {HEAD_DIM},"
+                    " Wan's head size; put the model's config.json beside the weights"
+                )
+            heads = self.dim // HEAD_DIM
+        vace = {} if self.family != "vace" else {key: given[key] for key in ("vace_layers",) if key in given}
+        return {
+            "_class_name": "VaceWanModel" if self.family == "vace" else "WanModel",
+            "_diffusers_version": given.get("_diffusers_version", "0.33.0"),
+            "dim": self.dim, "eps": given.get("eps", 1e-6), "ffn_dim": self.ffn_dim,
+            "freq_dim": self.tensors["condition_embedder.time_embedder.linear_1.weight"].shape[1],
+            "in_dim": self.in_channels,
+            "model_type": {"animate": "i2v"}.get(self.family, self.family),
+            "num_heads": heads, "num_layers": self.n_blocks, "out_dim": self.out_channels,
+            "text_len": given.get("text_len", 512),
+        } | vace  # fmt: skip
+
+
+def describe(checkpoint: Checkpoint) -> Model:
+    """Find out which Wan model a checkpoint holds.
+
+    Raises UsageError for anything else, for a quantized source, for gaps, and for a block that differs from block 0.
+    """
+    prefix, layout = _style(checkpoint)
+    tensors: dict[str, TensorInfo] = {}
+    warnings: list[str] = []
+    for stored, info in checkpoint.tensors.items():
+        if info.dtype not in FLOAT_DTYPES or _QUANTIZED_NAME.match(stored):
+            raise UsageError(
+                f"{checkpoint.where(info)}: dtype {info.dtype}, so the source is quantized already;"
+                " streamq reads F32, BF16 and F16 checkpoints: give the float original"
+            )
+        if not stored.startswith(prefix):
+            raise UsageError(f"{checkpoint.where(info)}: lacks the prefix {prefix!r} of the others; not one Wan model")
+        name = _inside(stored.removeprefix(prefix), layout, warnings)
+        if name is None:
+            continue
+        if name in tensors:
+            raise UsageError(f"{checkpoint.where(info)}: the same tensor as {tensors[name].name}; remove one of the two")
+        tensors[name] = info
+    n_blocks, n_vace = _count_blocks(checkpoint, tensors)
+    _check_blocks(checkpoint, tensors, n_blocks, n_vace)
+    for name in _REQUIRED_TOP:
+        if name not in tensors:
+            raise UsageError(
+                f"{checkpoint.root}: {to_native(name) if layout == 'native' else name} is missing; not a complete Wan"
+                " transformer: download it again"
+            )
+    dim, in_channels, out_channels, ffn_dim = _sizes(checkpoint, tensors)
+    family = _family(tensors, in_channels, out_channels)
+    if family == "animate" and layout == "diffusers":
+        raise UsageError(f"{checkpoint.root}: Wan2.2-Animate under diffusers names; give the native checkpoint")
+    order = {name: i for i, name in enumerate(_model_order(tensors, n_blocks, n_vace))}
+    ordered = dict(sorted(tensors.items(), key=lambda item: order[item[0]]))
+    return Model(checkpoint, family, layout, prefix, dim, ffn_dim, in_channels, out_channels, n_blocks, n_vace,
+                 ordered, tuple(warnings))  # fmt: skip
+
+
+def _style(checkpoint: Checkpoint) -> tuple[str, str]:
+    for prefix in ("", COMFYUI_PREFIX):
+        for layout, attention in (("native", "self_attn.q"), ("diffusers", "attn1.to_q")):
+            if f"{prefix}blocks.0.{attention}.weight" in checkpoint.tensors:
+                return prefix, layout
+    some = ", ".join(sorted(checkpoint.tensors)[:3]) or "no tensor at all"
+    raise UsageError(
+        f"{checkpoint.root}: not a Wan transformer: neither blocks.0.self_attn.q.weight (native names) nor"
+        f" blocks.0.attn1.to_q.weight (diffusers names) among its {len(checkpoint.tensors)} tensors ({some})"
+    )
+
+
+def _inside(name: str, layout: str, warnings: list[str]) -> str | None:
+    """The name by which a stored tensor goes inside streamq; None for one that every loader ignores."""
+    if layout == "native":
+        return to_diffusers(name) or name
+    if name.endswith(".norm_added_q.weight"):  # in some diffusers files; diffusers itself does not load it
+        warnings.append(f"{name} is left out: no Wan runtime reads it")
+        return None
+    if _rename(name, _BLOCK_BACK, _TOP_BACK) is None:
+        warnings.append(f"{name} has no native name: it is written under this one")
+    return name
+
+
+def _count_blocks(checkpoint: Checkpoint, tensors: dict[str, TensorInfo]) -> tuple[int, int]:
+    counts = []
+    for kind in ("blocks", "vace_blocks"):
+        numbers = {int(m[1]) for m in (re.match(rf"{kind}\.(\d+)\.", name) for name in tensors) if m}
+        for i in range(len(numbers)):
+            if i not in numbers:
+                raise UsageError(
+                    f"{checkpoint.root}: {kind}.{i} is missing, but {kind}.{max(numbers)} is there"
+                    f" ({len(numbers)} blocks in all); a shard or a part of one is missing"
+                )
+        counts.append(len(numbers))
+    return counts[0], counts[1]
+
+
+def _check_blocks(checkpoint: Checkpoint, tensors: dict[str, TensorInfo], n_blocks: int, n_vace: int) -> None:
+    parts: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in tensors.items():
+        block = block_of(name)
+        if block:
+            parts.setdefault(block, {})[name.removeprefix(block + ".")] = info
+    for kind, count in (("blocks", n_blocks), ("vace_blocks", n_vace)):
+        for i in range(count):
+            block, first = parts[f"{kind}.{i}"], parts[f"{kind}.0"]
+            optional = {"proj_in.weight", "proj_in.bias"} if kind == "vace_blocks" else set()
+            for inner in sorted((first.keys() ^ block.keys()) - optional):
+                present, absent = (i, 0) if inner in block else (0, i)
+                raise UsageError(
+                    f"{checkpoint.root}: {kind}.{present}.{inner} has no counterpart in {kind}.{absent}:"
+                    f" block {i} has {len(block)} tensors, block 0 {len(first)}; download the checkpoint again"
+                )
+            for inner, info in block.items():
+                if inner in first and info.shape != first[inner].shape:
+                    raise UsageError(
+                        f"{checkpoint.where(info)}: shape {list(info.shape)}, but block 0 has {list(first[inner].shape)};"
+                        " every block of a Wan model has block 0's shapes: download it again"
+                    )
+        if count:
+            _check_linears(checkpoint, parts[f"{kind}.0"], f"{kind}.0")
+
+
+def _check_linears(checkpoint: Checkpoint, block: dict[str, TensorInfo], where: str) -> None:
+    for layer in BLOCK_LINEARS:
+        if f"{layer}.weight" not in block:
+            raise UsageError(f"{checkpoint.root}: {where}.{layer}.weight is missing; not a complete Wan block")
+    query = block["attn1.to_q.weight"]
+    dim = query.shape[0] if query.shape else 0
+    ffn = block["ffn.net.0.proj.weight"].shape[0] if block["ffn.net.0.proj.weight"].shape else 0
+    for layer in BLOCK_LINEARS + OPTIONAL_LINEARS:
+        if f"{layer}.weight" not in block:
+            continue
+        expected = {"ffn.net.0.proj": (ffn, dim), "ffn.net.2": (dim, ffn)}.get(layer, (dim, dim))
+        weight, bias = block[f"{layer}.weight"], block.get(f"{layer}.bias")
+        if weight.shape != expected or 0 in expected:
+            raise UsageError(f"{checkpoint.where(weight)}: shape {list(weight.shape)}, Wan needs {list(expected)} here")
+        if bias is not None and bias.shape != expected[:1]:
+            raise UsageError(f"{checkpoint.where(bias)}: shape {list(bias.shape)}, Wan needs {[expected[0]]} here")
+
+
+def _sizes(checkpoint: Checkpoint, tensors: dict[str, TensorInfo]) -> tuple[int, int, int, int]:
+    patch, head = tensors["patch_embedding.weight"], tensors["proj_out.weight"]
+    ffn_dim, dim = tensors["blocks.0.ffn.net.0.proj.weight"].shape
+    if len(patch.shape) != 5 or patch.shape[0] != dim or patch.shape[2:] != (1, 2, 2):
+        raise UsageError(f"{checkpoint.where(patch)}: shape {list(patch.shape)}, Wan needs [{dim}, channels, 1, 2, 2]")
+    if len(head.shape) != 2 or head.shape[1] != dim or head.shape[0] % 4:
+        raise UsageError(f"{checkpoint.where(head)}: shape {list(head.shape)}, Wan needs [4·channels, {dim}]")
+    time = tensors[_TOP["time_embedding.0"] + ".weight"]
+    if len(time.shape) != 2 or time.shape[0] != dim:
+        raise UsageError(f"{checkpoint.where(time)}: shape {list(time.shape)}, Wan needs [{dim}, frequencies]")
+    return dim, patch.shape[1], head.shape[0] // 4, ffn_dim
+
+
+def _family(tensors: dict[str, TensorInfo], in_channels: int, out_channels: int) -> str:
+    if any(name.startswith("audio_injector.") for name in tensors):
+        return "s2v"
+    if any(name.startswith("face_adapter.") for name in tensors):
+        return "animate"
+    if _TOP["img_emb.emb_pos"] in tensors:
+        return "flf2v"
+    if "vace_patch_embedding.weight" in tensors:
+        return "vace"
+    if in_channels == 48 and out_channels == 48:
+        return "ti2v"
+    if "blocks.0.attn2.add_k_proj.weight" in tensors or in_channels > out_channels:
+        return "i2v"
+    return "t2v"
+
+
+def _model_order(tensors: dict[str, TensorInfo], n_blocks: int, n_vace: int) -> list[str]:
+    """The native modules' own order, which msModelSlim's files have: blocks, VACE blocks, then the rest."""
+    inside = {module: i for i, module in enumerate(_BLOCK_ORDER)}
+    outside = {module: i for i, module in enumerate(_TOP.values())}
+
+    def key(name: str) -> tuple[object, ...]:
+        block = block_of(name)
+        module, leaf = name.removeprefix(f"{block}."), 0
+        for i, ending in enumerate((".weight", ".bias")):
+            if module.endswith(ending):
+                module, leaf = module.removesuffix(ending), i
+        if block is None:
+            return (n_blocks + n_vace, outside.get(module, len(outside)), module, leaf, name)
+        kind, number = block.split(".")
+        position = int(number) + (n_blocks if kind == "vace_blocks" else 0)
+        return (position, inside.get(module, len(inside)), module, leaf, name)
+
+    return sorted(tensors, key=key)
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One transformer of a model. `name` is "" for the only one, else "high_noise_model" or "low_noise_model"."""
+
+    name: str
+    model: Model
+
+
+def version_of(experts: list[Expert]) -> str | None:
+    """`"Wan2_1"`, `"Wan2_2"`, or None where tensors fit both."""
+    model = experts[0].model
+    if len(experts) == 2 or model.family in ("ti2v", "s2v", "animate"):
+        return "Wan2_2"
+    if model.family == "i2v":
+        return "Wan2_1" if "blocks.0.attn2.add_k_proj.weight" in model.tensors else "Wan2_2"
+    return None if model.family == "t2v" else "Wan2_1"
+
+
+def open_model(path: Path) -> list[Expert]:
+    """Enter a file, a folder of shards, a diffusers pipeline or a folder with two experts; read headers only.
+
+    Experts come in the order in which the denoising uses them: high noise first. Raises UsageError.
+    """
+    experts = [Expert(name, describe(open_checkpoint(place))) for name, place in _expert_places(path)]
+    first, last = experts[0].model, experts[-1].model
+    if (first.family, first.dim, first.n_blocks) != (last.family, last.dim, last.n_blocks):
+        raise UsageError(
+            f"{path}: its experts do not belong together: {first.family} of {first.n_blocks} blocks, width {first.dim},"
+            f" and {last.family} of {last.n_blocks} blocks, width {last.dim}; download them again"
+        )
+    return experts
+
+
+def _expert_places(path: Path) -> list[tuple[str, Path]]:
+    if path.is_file():
+        return [("", path)]
+    if not path.is_dir():
+        raise UsageError(f"{path}: no such file or folder")
+    native = [(name, path / name) for name in ("high_noise_model", "low_noise_model")]
+    if any(place.is_dir() for _, place in native):
+        for _, place in native:
+            if not place.is_dir():
+                raise UsageError(f"{place}: missing beside the other expert; download it, or give one expert's folder")
+        return native
+    if not ((path / "model_index.json").is_file() or (path / "transformer").is_dir()) or _has_weights(path):
+        return [("", path)]
+    if not (path / "transformer").is_dir():
+        raise UsageError(f"{path}: model_index.json is here, but no transformer/ folder; download it")
+    second = path / "transformer_2"
+    if not second.is_dir():
+        if _lists_second_expert(path):
+            raise UsageError(f"{second}: missing, but model_index.json lists it; download it, or give transformer/ itself")
+        return [("", path / "transformer")]
+    return [("high_noise_model", path / "transformer"), ("low_noise_model", second)]
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json"))
+
+
+def _lists_second_expert(folder: Path) -> bool:
+    index = folder / "model_index.json"
+    entry = load_json(index, MAX_CONFIG_BYTES) if index.is_file() else {}
+    second = entry.get("transformer_2") if isinstance(entry, dict) else None
+    return isinstance(second, list) and any(second)
+
+
+def check_model_type(stated: str | None, experts: list[Expert]) -> None:
+    """Raise UsageError if what the user says the model is contradicts its tensors."""
+    if stated is None:
+        return
+    if stated not in MODEL_TYPES:
+        known = ", ".join(MODEL_TYPES)
+        raise UsageError(f"--model_type {stated}: unknown; known: {known}{nearest(stated, tuple(MODEL_TYPES))}")
+    version, families = MODEL_TYPES[stated]
+    found, family = version_of(experts), experts[0].model.family
+    if (found is not None and found != version) or family not in families:
+        two = " with two experts" if len(experts) == 2 else ""
+        raise UsageError(
+            f"--model_type {stated}: the tensors are a {found or 'Wan2_1 or Wan2_2'} {family} model{two};"
+            " leave --model_type out, or give the folder of the model that you mean"
+        )
