@@ -17,7 +17,7 @@ KINDS = ("npu", "cuda", "cpu")  # the order in which `auto` looks
 MiB = 1 << 20
 # Resident bytes of the process before the first weight: Python, torch and its libraries, and on accelerators the
 # runtime's context. cpu: measured with torch 2.13 on x86 Linux. cuda, npu: allowances, not measurements.
-HOST_BASE = {"cpu": 330 * MiB, "cuda": 1500 * MiB, "npu": 1500 * MiB}
+HOST_BASE = {"cpu": 260 * MiB, "cuda": 1500 * MiB, "npu": 1500 * MiB}
 STAGE_CHUNK, STAGE_CHUNKS = 16 * MiB, 4  # an accelerator's fixed ring of pinned memory, each way
 READER = Callable[[int, memoryview], None]  # (first byte, buffer to be filled)
 

@@ -12,9 +12,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from streamq.checkpoint import DTYPE_SIZE
 from streamq.errors import RunError
@@ -87,6 +89,7 @@ class ShardWriter:
                 os.posix_fallocate(descriptor, 0, self.file.size)
             finally:
                 os.close(descriptor)
+        self._sha256.update(self.file.header)
         self._write(self.file.header)
         self.sync()
         self.close()
@@ -126,10 +129,17 @@ class ShardWriter:
         self._tensor_end = place.offset + place.nbytes
         self._tensor_sha256 = hashlib.sha256()
 
-    def append(self, data: memoryview) -> None:
-        """The tensor's next bytes. Raises RunError on a full disk."""
-        self._tensor_sha256.update(data)
-        self._write(data)
+    def append(self, data: memoryview, beside: Callable[..., Future[Any]]) -> None:
+        """The tensor's next bytes. `beside(job, *args)` begins a job, maybe in another thread: the file's hash.
+
+        Raises RunError on a full disk.
+        """
+        hashed = beside(self._sha256.update, data)
+        try:
+            self._tensor_sha256.update(data)
+            self._write(data)
+        finally:
+            hashed.result()  # the caller's memory may change as soon as this returns
 
     def end(self) -> str:
         """The tensor is complete; returns its sha256."""
@@ -143,7 +153,7 @@ class ShardWriter:
             done, view = 0, memoryview(data)
             while done < len(view):
                 done += os.pwrite(self._descriptor, view[done:], self.position + done)
-        self._advance(data)
+        self.position += len(data)
 
     def sync(self) -> None:
         """Bring what was written to the disk, and let its pages go."""

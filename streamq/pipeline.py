@@ -3,7 +3,7 @@
     disk -> source -> [read ahead] -> device -> method -> format -> [write behind] -> file -> sync -> journal
 
 A step is one linear layer, or one tensor that passes through; a unit is a block's steps, and is what is committed.
-At most `plan.slots` layers are in memory, so the number of blocks does not matter. At `read_ahead` 0 everything happens
+The layers in memory share `plan.arena_nbytes`, so the number of blocks does not matter. At `read_ahead` 0 everything happens
 in this thread; above, one thread reads that many steps ahead and one writes as many behind. The bytes are the same:
 steps are read, worked on and written in the plan's order at every depth.
 """
@@ -11,10 +11,11 @@ steps are read, worked on and written in the plan's order at every depth.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
@@ -31,6 +32,9 @@ from streamq.methods.int8 import DTYPES
 from streamq.plan import COPY_CHUNK, ExpertPlan, Plan, Step, Unit, aligned
 from streamq.quantized import QuantizedLinear, Scheme
 from streamq.savers.shard import Place, ShardWriter, write_whole
+from streamq.stages import Arena, Lane
+
+Loaded = tuple[Step, torch.Tensor | None, Future[Any]]
 
 
 class Watcher(Protocol):
@@ -59,7 +63,9 @@ def run(plan: Plan, device: Device, watcher: Watcher) -> dict[str, Any] | None:
         for part in plan.experts:
             todo = [unit for unit in part.units if unit.key not in done]
             if todo:
-                _run_expert(_Work(plan, part, device, Source(part.expert.model.checkpoint), writers, journal, watcher), todo)
+                source, hasher = Source(part.expert.model.checkpoint), Lane(plan.options.read_ahead, "hasher")
+                with closing(source), closing(hasher):
+                    _run_units(_Work(plan, part, device, source, writers, journal, watcher, hasher), todo)
         hashes = {writer.file.path: writer.publish() for writer in writers}
         for path, content, mode in plan.documents:
             hashes[path] = write_whole(plan.options.save_path / path, content, mode)
@@ -79,100 +85,62 @@ class _Work:
     writers: list[ShardWriter]
     journal: Journal
     watcher: Watcher
+    hasher: Lane
 
 
-class _Slot:
-    """Device memory for one layer: its source bytes, and its codes under each scheme. Allocated once, used in turn."""
-
-    def __init__(self, device: Device, plan: Plan) -> None:
-        source_nbytes, codes_nbytes = plan.step_nbytes
-        self.source, self.codes = device.empty(source_nbytes), device.empty(codes_nbytes)
-
-
-class _Lane:
-    """A thread that does jobs in order, at most `depth` of them outstanding. At depth 0 there is no thread."""
-
-    def __init__(self, depth: int, name: str) -> None:
-        self.depth = depth
-        self._pool = ThreadPoolExecutor(1, name) if depth else None
-        self._outstanding: deque[Future[Any]] = deque()
-
-    def start(self, job: Callable[..., Any], *args: Any) -> Future[Any]:
-        """Begin a job; its result, or its exception, is in the future."""
-        if self._pool is not None:
-            return self._pool.submit(job, *args)
-        done: Future[Any] = Future()
-        done.set_result(job(*args))
-        return done
-
-    def submit(self, job: Callable[..., Any], *args: Any) -> None:
-        """Begin a job that nobody waits for, once fewer than `depth` are outstanding. Raises what an earlier one did."""
-        while self._outstanding and len(self._outstanding) >= self.depth:
-            self._outstanding.popleft().result()
-        self._outstanding.append(self.start(job, *args))
-
-    def drain(self) -> None:
-        """Wait for every job that was submitted."""
-        while self._outstanding:
-            self._outstanding.popleft().result()
-
-    def close(self) -> None:
-        """Drop what has not begun, wait for what has."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _run_expert(work: _Work, units: list[Unit]) -> None:
+def _run_units(work: _Work, units: list[Unit]) -> None:
     plan, device = work.plan, work.device
-    slots = deque(_Slot(device, plan) for _ in range(plan.slots))
+    arena = Arena(device, plan.arena_nbytes)
     chunk = torch.empty(COPY_CHUNK, dtype=torch.uint8)
-    with ExitStack() as stack:
-        stack.enter_context(closing(work.source))
-        reader = stack.enter_context(closing(_Lane(plan.read_ahead, "reader")))
-        writer = stack.enter_context(closing(_Lane(plan.read_ahead, "writer")))
-        loaded = _read_ahead([step for unit in units for step in unit.steps], work, reader, slots)
+    depth = plan.options.read_ahead
+    with closing(Lane(depth, "reader")) as reader, closing(Lane(depth, "writer")) as writer:
+        loaded = _read_ahead([step for unit in units for step in unit.steps], work, arena, reader, writer)
         for unit in units:
             commit = Commit(unit.key)
-            for step, slot, token in islice(loaded, len(unit.steps)):
-                if slot is None:
+            for step, memory, token in islice(loaded, len(unit.steps)):
+                if memory is None:
                     writer.submit(_copy, step, work, commit, chunk)
                 else:
                     device.wait(token.result())
-                    tensors = _quantize(step, slot, work, commit)
-                    writer.submit(_write, tensors, device.mark(), work, commit, slots, slot)
+                    tensors = _quantize(step, memory, work, commit)
+                    writer.submit(_write, tensors, device.mark(), work, commit, arena)
             writer.submit(_commit, unit, work, commit)
         writer.drain()
 
 
-def _read_ahead(
-    steps: list[Step], work: _Work, reader: _Lane, slots: deque[_Slot]
-) -> Iterator[tuple[Step, _Slot | None, Future[Any]]]:
+def _read_ahead(steps: list[Step], work: _Work, arena: Arena, reader: Lane, writer: Lane) -> Iterator[Loaded]:
     """Steps with their bytes on the way to the device. A step that passes through is read when it is written."""
-    begun: deque[tuple[Step, _Slot | None, Future[Any]]] = deque()
+    begun: deque[Loaded] = deque()
     for step in steps:
-        # There is a free slot: read_ahead are begun, at most as many are being written, and one is to spare.
-        slot = slots.popleft() if step.quantized else None
-        begun.append((step, slot, reader.start(_load, step, slot, work)))
+        memory = None
+        while step.quantized and (memory := arena.take(step.working_nbytes)) is None:
+            if begun:
+                yield begun.popleft()
+            else:
+                writer.drain()
+        begun.append((step, memory, reader.start(_load, step, memory, work)))
         if len(begun) > reader.depth:
             yield begun.popleft()
     yield from begun
 
 
-def _load(step: Step, slot: _Slot | None, work: _Work) -> Any:
+def _load(step: Step, memory: torch.Tensor | None, work: _Work) -> Any:
+    if memory is None:
+        return None
     token, start = None, 0
-    for info in step.sources if slot is not None else ():
-        assert slot is not None
-        token = work.device.load(lambda at, view, i=info: work.source.read(i, at, view), slot.source[start : start + info.nbytes])
+    for info in step.sources:
+        part = memory[start : start + info.nbytes]
+        token = work.device.load(partial(work.source.read, info), part)
         work.source.drop(info)
         start += aligned(info.nbytes)
     return token
 
 
-def _quantize(step: Step, slot: _Slot, work: _Work, commit: Commit) -> list[tuple[Place, torch.Tensor]]:
+def _quantize(step: Step, memory: torch.Tensor, work: _Work, commit: Commit) -> list[tuple[Place, torch.Tensor]]:
     """Every target's tensors of one layer. Targets with equal schemes share the work."""
     tensors, start = [], 0
     for info in step.sources:
-        tensors.append(slot.source[start : start + info.nbytes].view(DTYPES[info.dtype]).view(info.shape))
+        tensors.append(memory[start : start + info.nbytes].view(DTYPES[info.dtype]).view(info.shape))
         start += aligned(info.nbytes)
     weight, bias = tensors[0], tensors[1] if len(tensors) > 1 else None
     made: dict[Scheme, QuantizedLinear] = {}
@@ -183,7 +151,7 @@ def _quantize(step: Step, slot: _Slot, work: _Work, commit: Commit) -> list[tupl
             continue
         target = work.plan.targets[output.target]
         if output.scheme not in made:
-            codes = slot.codes[len(made) * weight.numel() :][: weight.numel()].view(torch.int8).view(weight.shape)
+            codes = memory[start + len(made) * weight.numel() :][: weight.numel()].view(torch.int8).view(weight.shape)
             made[output.scheme] = layer = METHODS[output.scheme.type](weight, bias, output.scheme, out=codes)
             for info, values in zip(step.sources, (layer.scales, bias), strict=False):
                 if values is not None and not torch.isfinite(values).all():
@@ -200,15 +168,15 @@ def _damaged(info: TensorInfo, work: _Work) -> RunError:
 
 
 def _write(
-    tensors: list[tuple[Place, torch.Tensor]], token: Any, work: _Work, commit: Commit, slots: deque[_Slot], slot: _Slot
+    tensors: list[tuple[Place, torch.Tensor]], token: Any, work: _Work, commit: Commit, arena: Arena
 ) -> None:
     for place, tensor in tensors:
         writer = work.writers[place.file]
         writer.begin(place)
         for view in work.device.store(tensor.contiguous(), token):
-            writer.append(view)
+            writer.append(view, work.hasher.start)
         commit.tensors.setdefault(writer.file.path, {})[place.name] = writer.end()
-    slots.append(slot)
+    arena.give_back()
 
 
 def _copy(step: Step, work: _Work, commit: Commit, chunk: torch.Tensor) -> None:
@@ -224,7 +192,7 @@ def _copy(step: Step, work: _Work, commit: Commit, chunk: torch.Tensor) -> None:
             if not torch.isfinite(values.amax() - values.amin()):
                 raise _damaged(info, work)
             for place in places:
-                work.writers[place.file].append(host_bytes(part))
+                work.writers[place.file].append(host_bytes(part), work.hasher.start)
         for place in places:
             writer = work.writers[place.file]
             commit.tensors.setdefault(writer.file.path, {})[place.name] = writer.end()

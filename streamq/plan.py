@@ -20,7 +20,7 @@ from typing import Any
 from streamq import __version__, hub, recipe, wan
 from streamq.checkpoint import TensorInfo
 from streamq.device import HOST_BASE, STAGE_CHUNK, STAGE_CHUNKS, MiB, kind_of
-from streamq.errors import UsageError, format_bytes, nearest
+from streamq.errors import UsageError, nearest
 from streamq.options import QuantOptions
 from streamq.quantized import Scheme
 from streamq.savers import Format, SaveOptions, Spec, formats
@@ -67,14 +67,11 @@ class Step:
         return sum(info.nbytes for info in self.sources)
 
     @property
-    def slot_nbytes(self) -> int:
-        """Bytes that its source tensors take in a slot, each aligned."""
-        return sum(aligned(info.nbytes) for info in self.sources)
-
-    def codes_nbytes(self) -> int:
-        """Bytes of the codes that its distinct schemes make."""
+    def working_nbytes(self) -> int:
+        """Bytes that it takes in memory while it is worked on: its source, and the codes of each distinct scheme."""
         schemes = {output.scheme for output in self.outputs if output.scheme}
-        return len(schemes) * math.prod(self.sources[0].shape)
+        codes = len(schemes) * math.prod(self.sources[0].shape)
+        return sum(aligned(info.nbytes) for info in self.sources) + aligned(codes)
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """See the module. `documents` are (path relative to the output folder, content, mode)."""
+    """See the module. `documents` are (path relative to the output folder, content, mode).
+
+    `arena_nbytes` is the memory that all layers at work share, on the device: it bounds how much is read ahead.
+    """
 
     options: QuantOptions
     source_path: Path
@@ -115,7 +115,7 @@ class Plan:
     files: tuple[TensorFile, ...]
     documents: tuple[tuple[str, bytes, int], ...]
     layers: dict[str, dict[str, str]]
-    read_ahead: int
+    arena_nbytes: int
     warnings: tuple[str, ...]
 
     @property
@@ -134,28 +134,14 @@ class Plan:
         return sum(f.size for f in self.files) + sum(len(content) for _, content, _ in self.documents)
 
     @property
-    def slots(self) -> int:
-        """Steps in memory at a time: read ahead, at work, and being written."""
-        return 2 * self.read_ahead + 1
-
-    @cached_property
-    def step_nbytes(self) -> tuple[int, int]:
-        """Largest source and largest codes of a step that is quantized, in bytes."""
-        steps = [step for unit in self.units for step in unit.steps if step.quantized]
-        return max((s.slot_nbytes for s in steps), default=0), max((s.codes_nbytes() for s in steps), default=0)
-
-    @property
     def peak_host_bytes(self) -> int:
         """Predicted peak of resident memory."""
-        base = HOST_BASE[self.device_kind] + COPY_CHUNK
-        if self.device_kind == "cpu":
-            return base + self.slots * sum(self.step_nbytes)
-        return base + 2 * STAGE_CHUNK * STAGE_CHUNKS
+        return _host_fixed(self.device_kind) + (self.arena_nbytes if self.device_kind == "cpu" else 0)
 
     @property
     def peak_device_bytes(self) -> int:
         """Predicted peak of device memory; 0 on the CPU."""
-        return 0 if self.device_kind == "cpu" else self.slots * sum(self.step_nbytes) + DEVICE_SCRATCH
+        return 0 if self.device_kind == "cpu" else self.arena_nbytes + DEVICE_SCRATCH
 
     @cached_property
     def hash(self) -> str:
@@ -195,7 +181,6 @@ class Plan:
             "bytes_to_write": self.bytes_to_write,
             "peak_host_bytes": self.peak_host_bytes,
             "peak_device_bytes": self.peak_device_bytes,
-            "read_ahead": self.read_ahead,
             "layers": self.layers[self.targets[0].name] if one else self.layers,
             "warnings": list(self.warnings),
             "hash": self.hash,
@@ -217,12 +202,36 @@ def make_plan(options: QuantOptions, *, download: bool) -> Plan:
     targets, warnings = _targets(options)
     builder = _Builder(options, source_path, targets, warnings)
     parts = tuple(builder.expert(expert) for expert in experts)
-    for read_ahead in range(options.read_ahead, -1, -1):
-        plan = Plan(options, source_path, kind, tuple(targets), parts, tuple(builder.files), tuple(builder.documents),
-                    builder.layers, read_ahead, tuple(dict.fromkeys(builder.warnings)))  # fmt: skip
-        if _fits(plan, options):
-            return plan
-    raise _too_large(plan, options)
+    arena = _arena_nbytes(parts, options, kind)
+    return Plan(options, source_path, kind, tuple(targets), parts, tuple(builder.files), tuple(builder.documents),
+                builder.layers, arena, tuple(dict.fromkeys(builder.warnings)))  # fmt: skip
+
+
+def _arena_nbytes(parts: tuple[ExpertPlan, ...], options: QuantOptions, kind: str) -> int:
+    """Room for the layer at work, `read_ahead` before and as many behind it, or as much of that as the budgets allow."""
+    sizes = [step.working_nbytes for part in parts for unit in part.units for step in unit.steps if step.quantized]
+    window = 2 * options.read_ahead + 1
+    wanted, least = max(sum(sizes[i : i + window]) for i in range(len(sizes))), max(sizes)
+    host, device = _host_fixed(kind), DEVICE_SCRATCH
+    on_cpu = kind == "cpu"
+    for option, budget, fixed, holds_arena in (
+        ("--max_host_memory", options.max_host_memory, host, on_cpu),
+        ("--max_device_memory", options.max_device_memory, device, not on_cpu),
+    ):
+        if budget is None or (option == "--max_device_memory" and on_cpu):
+            continue
+        need = fixed + (least if holds_arena else 0)
+        if need > budget:
+            raise UsageError(
+                f"{option}: a budget of {budget} bytes, but the least that this run can do with is {need} ({fixed} before"
+                f" the first weight, {least if holds_arena else 0} for the largest layer); raise the budget"
+            )
+        wanted = min(wanted, budget - fixed) if holds_arena else wanted
+    return wanted
+
+
+def _host_fixed(kind: str) -> int:
+    return HOST_BASE[kind] + COPY_CHUNK + (0 if kind == "cpu" else 2 * STAGE_CHUNK * STAGE_CHUNKS)
 
 
 def _check_paths(source: Path, save_path: Path) -> None:
@@ -372,25 +381,6 @@ def _pieces(model: wan.Model) -> dict[str, tuple[TensorInfo, ...]]:
         elif not (layer in linears and name == f"{layer}.bias"):
             pieces[name] = (info,)
     return pieces
-
-
-def _fits(plan: Plan, options: QuantOptions) -> bool:
-    host, device = options.max_host_memory, options.max_device_memory
-    return (host is None or plan.peak_host_bytes <= host) and (device is None or plan.peak_device_bytes <= device)
-
-
-def _too_large(plan: Plan, options: QuantOptions) -> UsageError:
-    largest = format_bytes(sum(plan.step_nbytes))
-    for option, budget, need in (
-        ("--max_host_memory", options.max_host_memory, plan.peak_host_bytes),
-        ("--max_device_memory", options.max_device_memory, plan.peak_device_bytes),
-    ):
-        if budget is not None and need > budget:
-            return UsageError(
-                f"{option}: {budget} bytes, the least that this run needs is {need} (its largest layer takes {largest},"
-                " read-ahead is off already); raise the budget"
-            )
-    raise AssertionError("a plan that fits is not too large")
 
 
 def check_disk(plan: Plan, freed: int = 0) -> None:

@@ -209,8 +209,8 @@ class Model:
         } | vace  # fmt: skip
 
 
-def describe(checkpoint: Checkpoint) -> Model:
-    """Find out which Wan model a checkpoint holds.
+def describe(checkpoint: Checkpoint, *, quantized: bool = False) -> Model:
+    """Find out which Wan model a checkpoint holds. `quantized`: an output, whose scales and the like are passed over.
 
     Raises UsageError for anything else, for a quantized source, for gaps, and for a block that differs from block 0.
     """
@@ -218,7 +218,9 @@ def describe(checkpoint: Checkpoint) -> Model:
     tensors: dict[str, TensorInfo] = {}
     warnings: list[str] = []
     for stored, info in checkpoint.tensors.items():
-        if info.dtype not in FLOAT_DTYPES or _QUANTIZED_NAME.match(stored):
+        if quantized and _QUANTIZED_NAME.match(stored):
+            continue
+        if not quantized and (info.dtype not in FLOAT_DTYPES or _QUANTIZED_NAME.match(stored)):
             raise UsageError(
                 f"{checkpoint.where(info)}: dtype {info.dtype}, so the source is quantized already;"
                 " streamq reads F32, BF16 and F16 checkpoints: give the float original"

@@ -1,0 +1,253 @@
+"""The command line: options to one frozen dataclass a command, exit codes, and nothing else.
+
+Exit status: 0 done, 1 the work failed, 2 wrong use (nothing written), 130 interrupted. An error is one line on stderr
+that begins with `error: `. Torch is imported only once there is work for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from streamq import __version__
+from streamq.errors import RunError, StreamqError, UsageError, nearest
+from streamq.options import QuantOptions, parse_size
+
+if TYPE_CHECKING:
+    from streamq.plan import Plan
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises instead of exiting, with our wording and the nearest option."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        known = tuple(option for action in self._actions for option in action.option_strings)
+        hint = nearest(unknown[1].partition("=")[0], known) if unknown else ""
+        raise UsageError(f"{message}{hint}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="streamq", description="Quantize Wan video transformers, one block at a time.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"streamq {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
+
+    for name, text in (
+        ("quant", "quantize a model"),
+        ("plan", "say what quant would do, exactly, without doing it; reads headers only"),
+    ):
+        _add_quant_options(commands.add_parser(name, help=text, description=text, allow_abbrev=False))
+    inspect = commands.add_parser("inspect", help="what a checkpoint or a quantized folder is", allow_abbrev=False)
+    inspect.add_argument("path")
+    verify = commands.add_parser("verify", help="check a quantized folder, offline", allow_abbrev=False)
+    verify.add_argument("save_path", type=Path)
+    verify.add_argument("--source", metavar="MODEL_PATH", help="compare every layer with the float model it was made from")
+    recipes = commands.add_parser("recipes", help="list the library's recipes, or print one", allow_abbrev=False)
+    recipes.add_argument("name", nargs="?")
+    for command in (inspect, verify, recipes):
+        command.add_argument("--json", action="store_true", help="one JSON object on stdout")
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def _add_quant_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model_path", required=True, help="folder, .safetensors file or hub id")
+    add("--save_path", required=True, type=Path, help="output folder")
+    add("--model_type", help="Wan2_1, Wan2_2, …; left out: read off the tensors")
+    add("--quant_type", help="a type of the library: streamq recipes")
+    add("--config_path", type=Path, help="a recipe YAML, instead of --quant_type")
+    add("--format", action="append", default=[], help="mindie, lightx2v; several, comma-separated, from one read")
+    add("--layout", default="block", choices=["block", "single"], help="files of lightx2v (default block)")
+    add("--device", default="auto", help="auto, cpu, cuda[:i], npu[:i]")
+    add("--resume", action="store_true", default=True, help="go on where an interrupted run stopped (default)")
+    add("--no_resume", action="store_false", dest="resume", help="start an interrupted run anew")
+    add("--overwrite", action="store_true", help="discard what is in SAVE_PATH")
+    add("--max_shard_size", metavar="SIZE", help="e.g. 5GB; mindie then writes shards")
+    add("--max_host_memory", metavar="SIZE", help="budget, e.g. 4GiB")
+    add("--max_device_memory", metavar="SIZE", help="budget, e.g. 4GiB")
+    add("--match", help="msmodelslim or lightx2v: that tool's arithmetic, byte for byte")
+    add("--read_ahead", type=int, default=1, metavar="N", help="layers read ahead and written behind; 0: one thread (default 1)")
+    add("--trust_remote_code", choices=["True", "False"], default="False", help="accepted; no code is ever run")
+    add("--seed", type=int, default=0)
+    add("--quiet", action="store_true", help="no progress")
+    add("--json", action="store_true", help="one JSON object on stdout")
+    add("--debug", action="store_true", help="show tracebacks")
+
+
+def _options(args: argparse.Namespace) -> QuantOptions:
+    def size(name: str) -> int:
+        text = getattr(args, name)
+        return parse_size(text, f"--{name}") if text is not None else 0
+
+    formats = tuple(dict.fromkeys(name.strip() for given in args.format for name in given.split(",")))
+    if args.read_ahead < 0 or args.read_ahead > 64:
+        raise UsageError(f"--read_ahead {args.read_ahead}: a number of layers from 0 to 64")
+    return QuantOptions(
+        model_path=args.model_path, save_path=args.save_path.expanduser(), model_type=args.model_type,
+        quant_type=args.quant_type, config_path=args.config_path, formats=formats, layout=args.layout,
+        device=args.device, resume=args.resume, overwrite=args.overwrite, max_shard_size=size("max_shard_size"),
+        max_host_memory=size("max_host_memory") or None, max_device_memory=size("max_device_memory") or None,
+        match=args.match, trust_remote_code=args.trust_remote_code == "True", seed=args.seed,
+        read_ahead=args.read_ahead, quiet=args.quiet, json=args.json, debug=args.debug,
+    )  # fmt: skip
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from streamq import display
+    from streamq.plan import make_plan
+
+    plan = make_plan(_options(args), download=False)
+    if args.json:
+        print(json.dumps(plan.to_json(), indent=1))
+        return 0
+    display.warn(plan.warnings)
+    display.show_plan(plan)
+    return 0
+
+
+def _quant(args: argparse.Namespace) -> int:
+    from streamq import display
+    from streamq.plan import make_plan
+
+    options = _options(args)
+    plan = make_plan(options, download=True)
+    if not options.quiet and not options.json:
+        display.show_plan(plan)
+    display.warn(plan.warnings)
+    return _run(plan)
+
+
+def _run(plan: Plan) -> int:
+    """Everything from here on needs torch."""
+    from streamq import display
+
+    torch = _import_torch()
+    from streamq import pipeline
+    from streamq.device import open_device
+
+    options = plan.options
+    device, began = open_device(options.device), time.monotonic()
+    try:
+        with display.Display(device, quiet=options.quiet) as watcher:
+            manifest = pipeline.run(plan, device, watcher)
+    except KeyboardInterrupt:
+        print(f"error: interrupted; what is committed in {options.save_path} is kept, the same command resumes", file=sys.stderr)
+        return 130
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise RunError(
+            f"out of memory ({' '.join(str(error).split())[:200]}); committed blocks are kept: run the same command with"
+            f" --read_ahead 0, or a smaller --max_host_memory or --max_device_memory"
+        ) from error
+    if manifest is None:
+        figures: dict[str, Any] = {"status": "already done", "save_path": str(options.save_path), "plan": plan.hash}
+        print(json.dumps(figures, indent=1) if options.json else f"already done: {options.save_path} is complete and intact")
+        return 0
+    figures = display.summary(plan, manifest, device, time.monotonic() - began)
+    if options.json:
+        print(json.dumps(figures, indent=1))
+    elif not options.quiet:
+        display.show_summary(figures)
+    return 0
+
+
+def _import_torch() -> Any:
+    try:
+        import torch
+    except (ImportError, RuntimeError, OSError) as error:
+        raise UsageError(
+            f"torch does not import ({' '.join(str(error).split())[:200]}); if torch_npu is installed without a working"
+            " CANN, `source .../ascend-toolkit/set_env.sh`, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to work without it"
+        ) from error
+    return torch
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from streamq import outputs
+
+    facts = outputs.inspect(args.path)
+    if args.json:
+        print(json.dumps(facts, indent=1))
+    else:
+        from streamq import display
+
+        display.show_facts(facts)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    _import_torch()
+    from streamq import display, verify
+
+    report = verify.verify(args.save_path, args.source).to_json()
+    if args.json:
+        print(json.dumps(report, indent=1))
+    else:
+        display.show_verdict(report)
+    return 0 if report["ok"] else 1
+
+
+def _recipes(args: argparse.Namespace) -> int:
+    from streamq import recipe
+
+    library = recipe.library()
+    if args.name is not None:
+        if args.name not in library:
+            raise UsageError(f"recipe {args.name}: not in the library; have: {', '.join(library)}{nearest(args.name, tuple(library))}")
+        print(json.dumps({"name": args.name, "yaml": library[args.name]}) if args.json else library[args.name], end="\n" if args.json else "")
+        return 0
+    about = {name: recipe.parse_recipe(text, name, name).document["metadata"] for name, text in library.items()}
+    if args.json:
+        print(json.dumps(about, indent=1))
+        return 0
+    for name, metadata in about.items():
+        first = library[name].partition("\n")[0].lstrip("# ")
+        print(f"{name}: {metadata['quant_type']} for {', '.join(metadata['formats'])}: {first}")
+    return 0
+
+
+COMMANDS = {"quant": _quant, "plan": _plan, "inspect": _inspect, "verify": _verify, "recipes": _recipes}
+
+
+def _underscores(argument: str) -> str:
+    """`--model-path=x` is `--model_path=x`."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    given = [_underscores(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    debug = "--debug" in given
+    try:
+        signal.signal(signal.SIGTERM, _interrupt)
+        args = _parser().parse_args(given)
+        return COMMANDS[args.command](args)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    except StreamqError as error:
+        status, message = error.status, str(error)
+    except BrokenPipeError:  # `streamq inspect | head`
+        sys.stderr.close()
+        return 1
+    except Exception as error:  # noqa: BLE001 - a bug of ours still owes the user its one line and exit status
+        status, message = 1, f"{type(error).__name__}: {error}; this is a bug in streamq, --debug shows where"
+    if debug:
+        traceback.print_exc()
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return status

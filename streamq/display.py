@@ -1,0 +1,193 @@
+"""What people see of a run: a progress bar on a terminal, a line a block elsewhere, and tables. Everything on stderr
+except results, so that `--json` can have stdout for itself."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from streamq.device import Device
+from streamq.errors import format_bytes
+from streamq.journal import Commit
+from streamq.plan import Plan, Unit
+
+
+def warn(lines: Iterable[str]) -> None:
+    """One line a warning, on stderr."""
+    for line in lines:
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def peak_rss() -> int:
+    """Most resident memory that this process ever had, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Display:
+    """Watches a run (`streamq.pipeline.Watcher`) and shows it. Use as a context manager."""
+
+    def __init__(self, device: Device, *, quiet: bool) -> None:
+        self.device = device
+        self.quiet = quiet
+        self.console = Console(stderr=True)
+        self.bar: Progress | None = None
+        self.units_done = self.units = self.bytes_done = self.bytes = 0
+        self.bytes_at_start = 0
+        self.began = self.last = time.monotonic()
+
+    def __enter__(self) -> Display:
+        if self.console.is_terminal and not self.quiet:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
+            self.bar = Progress(*columns, TextColumn("{task.fields[figures]}"), console=self.console)
+            self.bar.start()
+            self.task = self.bar.add_task("starting", total=None, figures="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def started(self, plan: Plan, done: set[str]) -> None:
+        """See Watcher."""
+        self.units, self.units_done = len(plan.units), len(done)
+        self.bytes = plan.bytes_to_read
+        self.bytes_done = sum(_nbytes(unit) for unit in plan.units if unit.key in done)
+        self.bytes_at_start = self.bytes_done
+        self.began = self.last = time.monotonic()
+        if done and not self.quiet:
+            self.console.print(f"resuming: {len(done)} of {self.units} units are committed already", highlight=False)
+
+    def committed(self, unit: Unit, commit: Commit) -> None:
+        """See Watcher."""
+        now = time.monotonic()
+        self.units_done += 1
+        self.bytes_done += _nbytes(unit)
+        rate = (self.bytes_done - self.bytes_at_start) / max(now - self.began, 1e-9)
+        worst = max((error for layers in commit.layers.values() for error in layers.values()), default=None)
+        used, _ = self.device.memory()
+        figures = [f"{rate / 1e6:.0f} MB/s", f"{now - self.last:.2f} s"]
+        figures += [f"error {worst:.3%}"] if worst is not None else []
+        figures += [f"RSS {format_bytes(psutil.Process(os.getpid()).memory_info().rss)}"]
+        figures += [f"device {format_bytes(used)}"] if used else []
+        figures += [f"{(self.bytes - self.bytes_done) / max(rate, 1):.0f} s left"]
+        self.last = now
+        name = f"{unit.key} ({self.units_done} of {self.units})"
+        if self.bar is not None:
+            text = " · ".join(figures)
+            self.bar.update(self.task, description=name, total=self.bytes, completed=self.bytes_done, figures=text)
+        elif not self.quiet:
+            print(f"{name}: {', '.join(figures)}", file=sys.stderr, flush=True)
+
+
+def _nbytes(unit: Unit) -> int:
+    return sum(step.nbytes for step in unit.steps)
+
+
+def show_plan(plan: Plan) -> None:
+    """The plan as tables, on stdout."""
+    model = plan.experts[0].expert.model
+    console = Console(highlight=False)
+    experts = f", {len(plan.experts)} experts" if len(plan.experts) > 1 else ""
+    console.print(f"[bold]{plan.source_path}[/]: Wan {model.family}, {model.n_blocks} blocks of width {model.dim}{experts}", soft_wrap=True)
+    table = Table("format", "type", "layers", "example")
+    for target in plan.targets:
+        layers = plan.layers[target.name]
+        for kind, count in Counter(layers.values()).items():
+            table.add_row(target.name, kind, str(count), next(name for name, k in layers.items() if k == kind))
+    console.print(table)
+    files = Table("file", "bytes")
+    paths = [(f.path, f.size) for f in plan.files] + [(path, len(content)) for path, content, _ in plan.documents]
+    for path, size in paths if len(paths) <= 12 else [*paths[:5], (f"… {len(paths) - 8} more", 0), *paths[-3:]]:
+        files.add_row(path, f"{size:,}" if size else "")
+    console.print(files)
+    console.print(
+        f"reads {format_bytes(plan.bytes_to_read)}, writes {format_bytes(plan.bytes_to_write)} on {plan.device_kind};"
+        f" peak memory about {format_bytes(plan.peak_host_bytes)}"
+        + (f", on the device {format_bytes(plan.peak_device_bytes)}" if plan.peak_device_bytes else ""),
+        soft_wrap=True,
+    )
+
+
+def summary(plan: Plan, manifest: dict[str, Any], device: Device, seconds: float) -> dict[str, Any]:
+    """The closing figures of a run, as `quant --json` prints them."""
+    worst = sorted(
+        (
+            (about["rel_error"], name, form)
+            for form, made in manifest["formats"].items()
+            for name, about in made["layers"].items()
+            if "rel_error" in about
+        ),
+        reverse=True,
+    )[:5]
+    layers = {form: dict(Counter(about["type"] for about in made["layers"].values())) for form, made in manifest["formats"].items()}
+    return {
+        "status": "done",
+        "save_path": str(plan.options.save_path),
+        "plan": plan.hash,
+        "layers": layers,
+        "bytes_read": plan.bytes_to_read,
+        "bytes_written": plan.bytes_to_write,
+        "largest_errors": [{"layer": name, "format": form, "rel_error": error} for error, name, form in worst],
+        "peak_host_bytes": peak_rss(),
+        "peak_device_bytes": device.memory()[1],
+        "seconds": round(seconds, 3),
+        "warnings": list(plan.warnings),
+    }
+
+
+def show_summary(figures: dict[str, Any]) -> None:
+    """The closing table, on stdout."""
+    console = Console(highlight=False)
+    table = Table(title=f"done: {figures['save_path']}", show_header=False)
+    for form, kinds in figures["layers"].items():
+        table.add_row(f"layers ({form})", ", ".join(f"{count} {kind}" for kind, count in kinds.items()))
+    table.add_row("size", f"{format_bytes(figures['bytes_read'])} -> {format_bytes(figures['bytes_written'])}")
+    for row in figures["largest_errors"]:
+        table.add_row("largest weight error", f"{row['rel_error']:.3%}  {row['layer']} ({row['format']})")
+    table.add_row("peak memory", format_bytes(figures["peak_host_bytes"]))
+    if figures["peak_device_bytes"]:
+        table.add_row("peak device memory", format_bytes(figures["peak_device_bytes"]))
+    table.add_row("seconds", f"{figures['seconds']:.1f}")
+    console.print(table)
+
+
+def show_facts(facts: dict[str, Any]) -> None:
+    """`inspect` as a table, on stdout."""
+    table = Table(show_header=False)
+    for key, value in facts.items():
+        if key == "layers":
+            value = ", ".join(f"{count} {kind}" for kind, count in Counter(value.values()).items())
+        elif key == "files":
+            value = f"{len(value)}: {value[0]}" + (f" … {value[-1]}" if len(value) > 1 else "")
+        elif isinstance(value, dict):
+            value = ", ".join(f"{count} {name}" for name, count in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value)) or "-"
+        table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value if value not in (None, "") else "-"))
+    Console(highlight=False).print(table)
+
+
+def show_verdict(report: dict[str, Any]) -> None:
+    """`verify` as text, on stdout: problems first, then the layers with the largest errors."""
+    console = Console(highlight=False)
+    for problem in report["problems"]:
+        console.print(f"[red]problem[/] {problem}", soft_wrap=True)
+    if report["layers"]:
+        table = Table("layer", "relative error", "cosine", title=f"worst of {len(report['layers'])} layers")
+        worst = sorted(report["layers"].items(), key=lambda row: row[1]["rel_error"], reverse=True)[:8]
+        for name, found in worst:
+            table.add_row(name, f"{found['rel_error']:.4%}", f"{found['cosine']:.6f}")
+        console.print(table)
+    count = len(report["files"])
+    console.print("[green]ok[/]" if report["ok"] else f"[red]{len(report['problems'])} problems[/]", f"({count} files hashed)")

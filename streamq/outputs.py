@@ -1,0 +1,129 @@
+"""Looking at a folder without changing it: what a source is, and where in a quantized folder which format lies."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamq import hub, wan
+from streamq.checkpoint import Checkpoint, SourceFile, TensorInfo, load_json, read_header
+from streamq.errors import UsageError
+from streamq.journal import MANIFEST
+from streamq.savers import Format, formats
+
+MAX_MANIFEST_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Output:
+    """One expert's folder in one format. `label` is its path below the output folder ("" for the folder itself)."""
+
+    format_name: str
+    format: Format
+    label: str
+    folder: Path
+
+    def checkpoint(self) -> Checkpoint:
+        """The headers of every `.safetensors` file in it. Raises UsageError for a file that is not sound."""
+        files: list[SourceFile] = []
+        tensors: dict[str, TensorInfo] = {}
+        for number, path in enumerate(sorted(self.folder.glob("*.safetensors"))):
+            file, infos = read_header(path, self.folder, number)
+            files.append(file)
+            for info in infos:
+                if info.name in tensors:
+                    raise UsageError(f"{info.name}: in two files, {files[tensors[info.name].file].name} and {file.name}")
+                tensors[info.name] = info
+        return Checkpoint(self.folder, tuple(files), tensors)
+
+
+def find_outputs(path: Path) -> list[Output]:
+    """Every format and expert in a folder that streamq or the format's own tool wrote; [] for anything else."""
+    if not path.is_dir():
+        return []
+    found = []
+    for name, form in formats().items():
+        for place in (path, path / name):
+            for expert in ("", "high_noise_model", "low_noise_model"):
+                folder = place / expert
+                if folder.is_dir() and form.recognise(folder):
+                    label = "" if folder == path else str(folder.relative_to(path))
+                    found.append(Output(name, form, label, folder))
+    return found
+
+
+def manifest(path: Path) -> dict[str, Any] | None:
+    """`streamq.json` of a folder, or None. Raises UsageError when it is not a manifest."""
+    file = path / MANIFEST
+    if not file.is_file():
+        return None
+    document = load_json(file, MAX_MANIFEST_BYTES)
+    if not isinstance(document, dict) or not isinstance(document.get("files"), dict) or "plan" not in document:
+        raise UsageError(f"{file}: not a manifest of streamq; make the folder anew with --overwrite")
+    return document
+
+
+def inspect(text: str) -> dict[str, Any]:
+    """What `streamq inspect --json` prints, for a source or a quantized folder. Raises UsageError."""
+    path = Path(text).expanduser()
+    found = find_outputs(path)
+    if found:
+        return _inspect_output(path, found)
+    experts = wan.open_model(hub.resolve(text, download=False))
+    model = experts[0].model
+    return _model(model, wan.version_of(experts)) | {
+        "prefix": model.prefix,
+        "dtypes": dict(Counter(info.dtype for info in model.tensors.values())),
+        "experts": [expert.name or "transformer" for expert in experts],
+        "files": [file.name for expert in experts for file in expert.model.checkpoint.files],
+        "bytes": sum(file.size for expert in experts for file in expert.model.checkpoint.files),
+        "warnings": list(model.warnings),
+    }
+
+
+def _model(model: wan.Model, version: str | None) -> dict[str, Any]:
+    return {
+        "family": model.family,
+        "model_type": version,
+        "layout": model.layout,
+        "n_blocks": model.n_blocks,
+        "n_vace_blocks": model.n_vace_blocks,
+        "linears": len(model.linears),
+        "dim": model.dim,
+        "ffn_dim": model.ffn_dim,
+        "in_channels": model.in_channels,
+        "out_channels": model.out_channels,
+    }
+
+
+def _inspect_output(path: Path, found: list[Output]) -> dict[str, Any]:
+    layers: dict[str, str] = {}
+    dtypes: Counter[str] = Counter()
+    size = 0
+    files: list[str] = []
+    experts = []
+    for output in found:
+        checkpoint = output.checkpoint()
+        prefix = f"{output.label}/" if output.label else ""
+        kinds = output.format.layers_in(output.folder, checkpoint.tensors)
+        model = wan.describe(checkpoint, quantized=True)
+        experts.append(wan.Expert(Path(output.label).name, model))
+        inside = {linear.native for linear in model.linears}
+        layers |= {prefix + name: kind for name, kind in kinds.items() if name in inside}
+        dtypes.update(info.dtype for info in checkpoint.tensors.values())
+        files += [prefix + file.name for file in checkpoint.files]
+        size += sum(file.size for file in checkpoint.files)
+    names = sorted({output.format_name for output in found})
+    of_one_format = [e for e, output in zip(experts, found, strict=True) if output.format_name == found[0].format_name]
+    return _model(experts[0].model, wan.version_of(of_one_format)) | {
+        "prefix": experts[0].model.prefix,
+        "format": names[0] if len(names) == 1 else names,
+        "layers": layers,
+        "dtypes": dict(dtypes),
+        "experts": [expert.name or "transformer" for expert in of_one_format],
+        "files": files,
+        "bytes": size,
+        "warnings": [],
+    }

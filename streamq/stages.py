@@ -1,0 +1,77 @@
+"""What the loop's stages share: a ring of memory, and threads that do jobs in order.
+
+Reading and writing overlap with the arithmetic only where they use other hardware, so both are settings of one code path
+and not code of their own: an arena that is small, or lanes without threads, make the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
+from typing import Any
+
+import torch
+
+from streamq.device import Device
+
+
+class Arena:
+    """A ring of device memory, allocated once: each layer takes a region, and gives it back in the same order."""
+
+    def __init__(self, device: Device, nbytes: int) -> None:
+        self.memory = device.empty(nbytes)
+        self._taken: deque[tuple[int, int]] = deque()
+        self._lock = Lock()  # one thread takes, another gives back
+
+    def take(self, nbytes: int) -> torch.Tensor | None:
+        """A region, or None while there is no room."""
+        start, size = 0, self.memory.numel()
+        with self._lock:
+            if self._taken:
+                (first, _), (newest, last) = self._taken[0], self._taken[-1]
+                wrapped = newest < first
+                start = last if wrapped or last + nbytes <= size else 0
+                if start + nbytes > (first if wrapped or start == 0 else size):
+                    return None
+            self._taken.append((start, start + nbytes))
+        return self.memory[start : start + nbytes]
+
+    def give_back(self) -> None:
+        """Free the oldest region."""
+        with self._lock:
+            self._taken.popleft()
+
+
+class Lane:
+    """A thread that does jobs in order, at most `depth` of them outstanding. At depth 0 there is no thread."""
+
+    def __init__(self, depth: int, name: str) -> None:
+        self.depth = depth
+        self._pool = ThreadPoolExecutor(1, name) if depth else None
+        self._outstanding: deque[Future[Any]] = deque()
+
+    def start(self, job: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Begin a job; its result, or its exception, is in the future."""
+        if self._pool is not None:
+            return self._pool.submit(job, *args)
+        done: Future[Any] = Future()
+        done.set_result(job(*args))
+        return done
+
+    def submit(self, job: Callable[..., Any], *args: Any) -> None:
+        """Begin a job that nobody waits for, once fewer than `depth` are outstanding. Raises what an earlier one did."""
+        while self._outstanding and len(self._outstanding) >= self.depth:
+            self._outstanding.popleft().result()
+        self._outstanding.append(self.start(job, *args))
+
+    def drain(self) -> None:
+        """Wait for every job that was submitted."""
+        while self._outstanding:
+            self._outstanding.popleft().result()
+
+    def close(self) -> None:
+        """Drop what has not begun, wait for what has."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)

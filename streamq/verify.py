@@ -1,0 +1,230 @@
+"""`streamq verify`: is a written folder what its runtime needs, whole, and what its source says it should be?
+
+Offline and in bounded memory: files are hashed in chunks, layers are dequantized one at a time. Everything that is wrong
+becomes a line of text; nothing is changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamq import hub, outputs, wan
+from streamq.checkpoint import Checkpoint, Source, TensorInfo
+from streamq.device.cpu import host_bytes
+from streamq.errors import StreamqError, UsageError
+from streamq.journal import JOURNAL
+from streamq.savers.shard import HASH_CHUNK, PARTIAL, sha256_of
+
+TORCH_DTYPES = {
+    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8,
+    "I32": torch.int32, "F8_E4M3": torch.float8_e4m3fn,
+}  # fmt: skip
+ROWS_AT_A_TIME = 256
+# Without a manifest there is no recorded error to compare with; int8 of a Wan layer stays near 0.01.
+ERROR_LIMIT = 0.1
+
+
+@dataclass
+class Report:
+    """What was found. `layers`: name -> rel_error ‖W - W'‖/‖W‖ and cosine, filled when there is a source."""
+
+    problems: list[str] = field(default_factory=list)
+    layers: dict[str, dict[str, float]] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `streamq verify --json` prints."""
+        files = [{"path": path} | about for path, about in self.files.items()]
+        return {"ok": not self.problems, "problems": self.problems, "layers": self.layers, "files": files}
+
+
+def verify(save_path: Path, source: str | None) -> Report:
+    """Check a folder, and with `source` (path or hub id) every tensor's value against the float model.
+
+    Raises UsageError when there is nothing to be checked.
+    """
+    if not save_path.is_dir():
+        raise UsageError(f"{save_path}: no such folder")
+    report = Report()
+    if (save_path / JOURNAL).exists():
+        report.problems.append(f"{JOURNAL}: the run that made this folder is unfinished; the same command resumes it")
+    document = _checked(report, lambda: outputs.manifest(save_path))
+    if document is not None:
+        _check_files(save_path, document, report)
+    elif not report.problems and not outputs.find_outputs(save_path):
+        raise UsageError(f"{save_path}: not an output of streamq, nor of a tool whose format it knows")
+    for path in sorted(save_path.rglob(f"*{PARTIAL}")):
+        report.problems.append(f"{path.relative_to(save_path)}: left by an unfinished run")
+    found = outputs.find_outputs(save_path)
+    if document is not None:
+        for name in document.get("formats", {}):
+            if name not in {output.format_name for output in found}:
+                report.problems.append(f"format {name}: made by this run, but no longer recognisable in {save_path}")
+    experts = wan.open_model(hub.resolve(source, download=False)) if source else []
+    for output in found:
+        checkpoint = _checked(report, output.checkpoint)
+        if checkpoint is None:
+            continue
+        _check_format(output, checkpoint, report)
+        if experts and not (report.problems and _incomplete(output, checkpoint)):
+            expert = _matching(experts, output, len({o.label for o in found if o.format_name == output.format_name}))
+            recorded = _recorded(document, output)
+            _compare(output, checkpoint, expert, recorded, report)
+    return report
+
+
+def _checked(report: Report, look: Any) -> Any:
+    try:
+        return look()
+    except StreamqError as error:
+        report.problems.append(str(error))
+        return None
+
+
+def _check_files(save_path: Path, document: dict[str, Any], report: Report) -> None:
+    for name, about in document["files"].items():
+        path = save_path / name
+        if not path.is_file():
+            report.problems.append(f"{name}: missing")
+            continue
+        digest = sha256_of(path)
+        report.files[name] = {"bytes": path.stat().st_size, "sha256": digest}
+        if path.stat().st_size != about["bytes"]:
+            report.problems.append(f"{name}: {path.stat().st_size} bytes, the manifest says {about['bytes']}")
+        elif digest != about["sha256"]:
+            report.problems.append(f"{name}: sha256 {digest[:12]}…, the manifest says {about['sha256'][:12]}…")
+            report.problems += _changed_tensors(path, about.get("tensors", {}))
+
+
+def _changed_tensors(path: Path, expected: dict[str, str]) -> list[str]:
+    from streamq.checkpoint import read_header
+
+    try:
+        _, infos = read_header(path, path.parent)
+    except UsageError:
+        return []  # reported again, in full, where the folder's headers are read
+    found = []
+    with open(path, "rb") as stream:
+        for info in infos:
+            stream.seek(info.offset)
+            digest, left = hashlib.sha256(), info.nbytes
+            while left:
+                chunk = stream.read(min(left, HASH_CHUNK))
+                digest.update(chunk)
+                left -= len(chunk)
+            if expected.get(info.name) != digest.hexdigest():
+                found.append(f"{info.name} in {path.name}: not the bytes that were written")
+    return found
+
+
+def _check_format(output: outputs.Output, checkpoint: Checkpoint, report: Report) -> None:
+    prefix = f"{output.label}: " if output.label else ""
+    found = _checked(report, lambda: output.format.problems(output.folder, checkpoint.tensors)) or []
+    report.problems += [prefix + problem for problem in found]
+    problem = _incomplete(output, checkpoint)
+    if problem:
+        report.problems.append(prefix + problem)
+    with closing(Source(checkpoint)) as source:
+        for info in checkpoint.tensors.values():
+            if not info.name.endswith("_scale") or info.dtype not in ("F32", "BF16", "F16"):
+                continue
+            scale = _read(source, info).float()
+            if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
+                report.problems.append(f"{prefix}{info.name}: a scale that is not finite and positive")
+
+
+def _incomplete(output: outputs.Output, checkpoint: Checkpoint) -> str | None:
+    try:
+        wan.describe(checkpoint, quantized=True)
+    except UsageError as error:
+        return str(error)
+    return None
+
+
+def _matching(experts: list[wan.Expert], output: outputs.Output, count: int) -> wan.Expert:
+    if len(experts) != count:
+        raise UsageError(f"--source has {len(experts)} transformers, the folder {count}; give the source it was made from")
+    name = Path(output.label).name
+    return next((expert for expert in experts if expert.name == name), experts[0])
+
+
+def _recorded(document: dict[str, Any] | None, output: outputs.Output) -> dict[str, float]:
+    layers = (document or {}).get("formats", {}).get(output.format_name, {}).get("layers", {})
+    return {name: about["rel_error"] for name, about in layers.items() if "rel_error" in about}
+
+
+def _read(source: Source, info: TensorInfo) -> Tensor:
+    raw = torch.empty(info.nbytes, dtype=torch.uint8)
+    source.read(info, 0, host_bytes(raw))
+    return raw.view(TORCH_DTYPES[info.dtype]).reshape(info.shape)
+
+
+def _compare(
+    output: outputs.Output, checkpoint: Checkpoint, expert: wan.Expert, recorded: dict[str, float], report: Report
+) -> None:
+    model = expert.model
+    prefix = f"{output.label}/" if output.label else ""
+    label = f"{expert.name}/" if expert.name else ""
+    kinds = output.format.layers_in(output.folder, checkpoint.tensors)
+    quantized = {name for name, kind in kinds.items() if kind != "float"}
+    with closing(Source(model.checkpoint)) as floats, closing(Source(checkpoint)) as written:
+        for linear in model.linears:
+            if linear.native not in quantized:
+                continue
+            suffixes = [n for n in checkpoint.tensors if n.startswith(linear.native + ".") and not n.endswith(".bias")]
+            made = {n.removeprefix(linear.native + "."): _read(written, checkpoint.tensors[n]) for n in suffixes}
+            if made["weight"].shape[0] != linear.weight.shape[0] or "weight_scale" not in made:
+                report.problems.append(f"{prefix}{linear.native}: cannot be dequantized against this source")
+                continue
+            error, cosine = _difference(_read(floats, linear.weight), made, output)
+            report.layers[prefix + linear.native] = {"rel_error": error, "cosine": cosine}
+            limit = recorded.get(label + linear.native, ERROR_LIMIT / 1.01) * 1.01 + 1e-6
+            if not error <= limit:
+                report.problems.append(
+                    f"{prefix}{linear.native}: relative error {error:.4g} against the source, at most {limit:.4g} expected"
+                )
+        for name, info in model.tensors.items():
+            native = wan.to_native(name)
+            if native.rpartition(".")[0] in quantized and native.endswith(".weight"):
+                continue
+            mine = checkpoint.tensors.get(native)
+            if mine is None or mine.shape != info.shape or not _same(floats, info, written, mine):
+                report.problems.append(f"{prefix}{native}: differs from {model.checkpoint.where(info)}")
+
+
+def _difference(weight: Tensor, made: dict[str, Tensor], output: outputs.Output) -> tuple[float, float]:
+    """Relative error and cosine, a few rows at a time."""
+    lost = norm = other = dot = 0.0
+    for start in range(0, weight.shape[0], ROWS_AT_A_TIME):
+        rows = slice(start, start + ROWS_AT_A_TIME)
+        w = weight[rows].double()
+        v = output.format.decode({suffix: tensor[rows] for suffix, tensor in made.items()}).double()
+        lost += float((w - v).square().sum())
+        norm += float(w.square().sum())
+        other += float(v.square().sum())
+        dot += float((w * v).sum())
+    if not norm or not other:
+        return (0.0, 1.0) if norm == other else (1.0, 0.0)
+    return (lost / norm) ** 0.5, dot / (norm * other) ** 0.5
+
+
+def _same(floats: Source, info: TensorInfo, written: Source, mine: TensorInfo) -> bool:
+    if info.dtype != mine.dtype:
+        return torch.equal(_read(floats, info).float(), _read(written, mine).float())
+    return all(a == b for a, b in zip(_chunks(floats, info), _chunks(written, mine), strict=True))
+
+
+def _chunks(source: Source, info: TensorInfo) -> Iterator[bytes]:
+    buffer = bytearray(min(info.nbytes, HASH_CHUNK))
+    for start in range(0, info.nbytes, HASH_CHUNK):
+        view = memoryview(buffer)[: min(HASH_CHUNK, info.nbytes - start)]
+        source.read(info, start, view)
+        yield bytes(view)
