@@ -56,14 +56,27 @@ FAMILIES = {
     "t2v-A14B": replace(_14B, experts=2),
     "i2v-A14B": replace(_14B, channels_in=36, experts=2),
     "ti2v-5B": Family(3072, 14336, 30, 48, 48),
-    "s2v-14B": replace(_14B, extra=("audio_injector.injector.0.q.weight", "casual_audio_encoder.encoder.final_linear.weight")),
-    "animate-14B": replace(_14B, channels_in=36, image_tokens=257, extra=("face_adapter.fuser_blocks.0.linear1_q.weight",)),
+    "s2v-14B": replace(
+        _14B, extra=("audio_injector.injector.0.q.weight", "casual_audio_encoder.encoder.final_linear.weight")
+    ),
+    "animate-14B": replace(
+        _14B, channels_in=36, image_tokens=257, extra=("face_adapter.fuser_blocks.0.linear1_q.weight",)
+    ),
 }
 
 
 def tiny(family: Family, blocks: int = 2) -> Family:
     """The same structure at width 64."""
-    return replace(family, dim=64, ffn=128, blocks=blocks, vace_blocks=min(family.vace_blocks, 2), heads=2, text_dim=64, image_dim=64)
+    return replace(
+        family,
+        dim=64,
+        ffn=128,
+        blocks=blocks,
+        vace_blocks=min(family.vace_blocks, 2),
+        heads=2,
+        text_dim=64,
+        image_dim=64,
+    )
 
 
 def shapes(f: Family) -> dict[str, tuple[int, ...]]:
@@ -143,27 +156,37 @@ def encode(block: np.ndarray, dtype: str) -> bytes:
 
 def write(
     out: Path, family: Family, *, layout: str = "native", dtype: str = "fp32", seed: int = 0, prefix: str = "",
-    shard_bytes: int = 0, single_file: str = "",
+    shard_bytes: int = 0, single_file: str = "", sparse: bool = False,
 ) -> None:  # fmt: skip
-    """Write the checkpoint: files, index, config; in the folders in which a release of this layout has them."""
+    """Write the checkpoint: files, index, config; in the folders in which a release of this layout has them.
+
+    `sparse`: real headers, data left as holes, so that a full-size model takes no room.
+    """
     folders = {"native": ["high_noise_model", "low_noise_model"], "diffusers": ["transformer", "transformer_2"]}[layout]
     if family.experts == 1:
         folders = folders[:1] if layout == "diffusers" and not single_file else [""]
     for expert, folder in enumerate(folders):
         where = out / folder
         where.mkdir(parents=True, exist_ok=True)
-        _write_expert(where, family, layout, DTYPES[dtype], seed + 1000 * expert, prefix, shard_bytes, single_file)
+        _write_expert(
+            where, family, layout, DTYPES[dtype], seed + 1000 * expert, prefix, shard_bytes, single_file, sparse
+        )
         if not single_file:
             (where / "config.json").write_text(json.dumps(_config(family, layout), indent=2) + "\n")
     if layout == "diffusers" and not single_file:
         entry = ["diffusers", "WanTransformer3DModel"]
-        index = {"_class_name": "WanPipeline", "transformer": entry, "transformer_2": entry if family.experts == 2 else [None, None]}
+        index = {
+            "_class_name": "WanPipeline",
+            "transformer": entry,
+            "transformer_2": entry if family.experts == 2 else [None, None],
+        }
         (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _write_expert(
-    where: Path, family: Family, layout: str, dtype: str, seed: int, prefix: str, shard_bytes: int, single_file: str
-) -> None:
+    where: Path, family: Family, layout: str, dtype: str, seed: int, prefix: str, shard_bytes: int, single_file: str,
+    sparse: bool,
+) -> None:  # fmt: skip
     shards: list[list[tuple[str, Spec]]] = [[]]
     room = shard_bytes
     for native, shape in sorted(shapes(family).items()):
@@ -176,16 +199,22 @@ def _write_expert(
         room -= size
     stem, count, where_is = "diffusion_pytorch_model", len(shards), {}
     for number, shard in enumerate(shards, 1):
-        name = single_file or (f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors")
+        name = single_file or (
+            f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors"
+        )
         file, _ = file_layout(name, 0, [spec for _, spec in shard], 0o644)
         with open(where / name, "wb") as stream:
             stream.write(file.header)
+            if sparse:
+                stream.truncate(file.size)
             for native, spec in shard:
                 where_is[spec.name] = name
-                for block in values(native, spec.shape, seed):
+                for block in () if sparse else values(native, spec.shape, seed):
                     stream.write(encode(block, dtype))
     if count > 1:
-        (where / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where_is}, indent=2))
+        (where / f"{stem}.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": where_is}, indent=2)
+        )
 
 
 def _config(f: Family, layout: str) -> dict[str, object]:
@@ -196,7 +225,8 @@ def _config(f: Family, layout: str) -> dict[str, object]:
             "in_channels": f.channels_in, "out_channels": f.channels_out, "ffn_dim": f.ffn, "num_layers": f.blocks,
             "text_dim": f.text_dim, "freq_dim": 256, "eps": 1e-6, "patch_size": [1, 2, 2], "cross_attn_norm": True,
             "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 1024,
-            "image_dim": f.image_dim if f.image_tokens else None, "added_kv_proj_dim": f.dim if f.image_tokens else None,
+            "image_dim": f.image_dim if f.image_tokens else None,
+            "added_kv_proj_dim": f.dim if f.image_tokens else None,
             "pos_embed_seq_len": 514 if f.image_tokens == 514 else None,
         }  # fmt: skip
     return {
@@ -219,11 +249,12 @@ def main() -> None:
     parser.add_argument("--prefix", default="")
     parser.add_argument("--shard_bytes", type=float, default=0)
     parser.add_argument("--single_file", default="")
+    parser.add_argument("--sparse", action="store_true", help="real headers, no data")
     args = parser.parse_args()
     family = tiny(FAMILIES[args.family]) if args.tiny else FAMILIES[args.family]
     family = replace(family, blocks=args.blocks or family.blocks)
     write(args.out, family, layout=args.layout, dtype=args.dtype, seed=args.seed, prefix=args.prefix,
-          shard_bytes=int(args.shard_bytes), single_file=args.single_file)  # fmt: skip
+          shard_bytes=int(args.shard_bytes), single_file=args.single_file, sparse=args.sparse)  # fmt: skip
     print(f"{args.out}: {sum(p.stat().st_size for p in args.out.rglob('*.safetensors')):,} bytes")
 
 

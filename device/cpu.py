@@ -46,4 +46,4 @@ class CPU:
 
 def host_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous host tensor, without a copy."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -44,11 +44,19 @@ class Document:
 
 
 class Format(Protocol):
-    """What a format module has. `TYPES` maps streamq's types to the runtime's word for them."""
+    """What a format module has."""
 
-    TYPES: Mapping[str, str]
-    MODE: int
-    RULES: Mapping[str | None, Int8Rule]
+    @property
+    def TYPES(self) -> Mapping[str, str]:
+        """streamq's types -> the runtime's words."""
+
+    @property
+    def MODE(self) -> int:
+        """Permission bits of every file."""
+
+    @property
+    def RULES(self) -> Mapping[str | None, Int8Rule]:
+        """`--match` tool (None: the default) -> its arithmetic."""
 
     def quantized_specs(self, layer: Linear, scheme: Scheme) -> list[Spec]:
         """The tensors of a quantized layer, in file order."""
@@ -62,7 +70,9 @@ class Format(Protocol):
     def check(self, types: Mapping[str, str | None], options: SaveOptions) -> list[str]:
         """Warnings; raises UsageError for what the runtime could not load. `types`: native layer name -> type."""
 
-    def files(self, specs: Sequence[Spec], types: Mapping[str, str | None], options: SaveOptions) -> list[tuple[str, list[Spec]]]:
+    def files(
+        self, specs: Sequence[Spec], types: Mapping[str, str | None], options: SaveOptions
+    ) -> list[tuple[str, list[Spec]]]:
         """Split the tensors, which come in writing order, into files in writing order."""
 
     def documents(

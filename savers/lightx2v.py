@@ -72,9 +72,7 @@ def check(types: Mapping[str, str | None], options: SaveOptions) -> list[str]:
     return []
 
 
-def files(
-    specs: Sequence[Spec], types: Mapping[str, str | None], options: SaveOptions
-) -> list[tuple[str, list[Spec]]]:
+def files(specs: Sequence[Spec], types: Mapping[str, str | None], options: SaveOptions) -> list[tuple[str, list[Spec]]]:
     """`block_N.safetensors` for blocks, `non_block.safetensors` for all else; or a single file."""
     if options.layout == "single":
         return [(SINGLE, list(specs))]

@@ -60,10 +60,14 @@ def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str) -> Spe
 def check(types: Mapping[str, str | None], options: SaveOptions) -> list[str]:
     """Warns of shards, which the present runtime does not read."""
     if options.layout != "block":
-        raise UsageError(f"--layout {options.layout} is for lightx2v; mindie writes one file, or shards by --max_shard_size")
+        raise UsageError(
+            f"--layout {options.layout} is for lightx2v; mindie writes one file, or shards by --max_shard_size"
+        )
     if not options.max_shard_size:
         return []
-    return ["mindie in shards: mindiesd 3.1.0 reads only the single file; leave --max_shard_size and part_file_size out"]
+    return [
+        "mindie in shards: mindiesd 3.1.0 reads only the single file; leave --max_shard_size and part_file_size out"
+    ]
 
 
 def _quant_type(types: Mapping[str, str | None]) -> str:
@@ -71,9 +75,7 @@ def _quant_type(types: Mapping[str, str | None]) -> str:
     return TYPES[[kind for kind in types.values() if kind][-1]]
 
 
-def files(
-    specs: Sequence[Spec], types: Mapping[str, str | None], options: SaveOptions
-) -> list[tuple[str, list[Spec]]]:
+def files(specs: Sequence[Spec], types: Mapping[str, str | None], options: SaveOptions) -> list[tuple[str, list[Spec]]]:
     """One file, or msModelSlim's shards: a tensor that would reach the limit starts a new one."""
     if not options.max_shard_size:
         size = sum(_nbytes(spec) for spec in specs)

@@ -54,7 +54,11 @@ def layout(path: str, number: int, specs: Sequence[Spec], mode: int) -> tuple[Te
     sizes, position = [], 0
     for spec in specs:
         nbytes = math.prod(spec.shape) * DTYPE_SIZE[spec.dtype]
-        entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, position + nbytes]}
+        entries[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [position, position + nbytes],
+        }
         sizes.append(nbytes)
         position += nbytes
     raw = json.dumps(entries, separators=(",", ":")).encode()

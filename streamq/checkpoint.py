@@ -88,7 +88,9 @@ def _find_index(folder: Path) -> Path | None:
     usual = folder / "diffusion_pytorch_model.safetensors.index.json"
     if usual in found:
         return usual
-    raise UsageError(f"{folder}: {len(found)} index files ({', '.join(f.name for f in found)}); keep the one to be read")
+    raise UsageError(
+        f"{folder}: {len(found)} index files ({', '.join(f.name for f in found)}); keep the one to be read"
+    )
 
 
 def _without_index(folder: Path) -> list[Path]:
@@ -127,7 +129,9 @@ def _from_index(folder: Path, index: Path) -> Checkpoint:
         if not isinstance(file, str) or not file:
             raise UsageError(f"{index}: weight_map.{tensor} is {file!r}, not a file name; download the index again")
         if os.path.isabs(file) or ".." in Path(file).parts or "\\" in file or "\0" in file:
-            raise UsageError(f"{index}: weight_map.{tensor} points outside the folder: {file!r}; such an index is not followed")
+            raise UsageError(
+                f"{index}: weight_map.{tensor} points outside the folder: {file!r}; such an index is not followed"
+            )
     names = sorted(set(weight_map.values()))
     for name in names:
         if not (folder / name).is_file():
@@ -136,10 +140,14 @@ def _from_index(folder: Path, index: Path) -> Checkpoint:
     for tensor, name in weight_map.items():
         info = checkpoint.tensors.get(tensor)
         if info is None or checkpoint.files[info.file].name != name:
-            raise UsageError(f"{tensor}: {index.name} says it is in {name}, whose header has no such tensor; download both again")
+            raise UsageError(
+                f"{tensor}: {index.name} says it is in {name}, whose header has no such tensor; download both again"
+            )
     for tensor, info in checkpoint.tensors.items():
         if tensor not in weight_map:
-            raise UsageError(f"{checkpoint.where(info)}: not listed in {index.name}; index and shards do not belong together")
+            raise UsageError(
+                f"{checkpoint.where(info)}: not listed in {index.name}; index and shards do not belong together"
+            )
     return checkpoint
 
 
@@ -151,7 +159,9 @@ def _assemble(root: Path, paths: list[Path]) -> Checkpoint:
         for info in infos:
             if info.name in tensors:
                 first = files[tensors[info.name].file].name
-                raise UsageError(f"{info.name}: in two files, {first} and {file.name}; remove the one that does not belong")
+                raise UsageError(
+                    f"{info.name}: in two files, {first} and {file.name}; remove the one that does not belong"
+                )
             tensors[info.name] = info
         files.append(file)
     return Checkpoint(root, tuple(files), tensors)
@@ -181,7 +191,9 @@ def read_header(path: Path, root: Path, number: int = 0) -> tuple[SourceFile, li
                     " truncated or not safetensors: download it again"
                 )
             if length > MAX_HEADER_BYTES:
-                raise UsageError(f"{path}: header of {length} bytes, the format allows {MAX_HEADER_BYTES}; not safetensors")
+                raise UsageError(
+                    f"{path}: header of {length} bytes, the format allows {MAX_HEADER_BYTES}; not safetensors"
+                )
             raw = file.read(length)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; check the path and its permissions") from error
@@ -201,7 +213,9 @@ def read_header(path: Path, root: Path, number: int = 0) -> tuple[SourceFile, li
 def _tensor(path: Path, name: str, entry: Any, start: int, number: int) -> TensorInfo:
     where = f"{path}: {name}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise UsageError(f"{where}: header entry must hold exactly dtype, shape and data_offsets; download this file again")
+        raise UsageError(
+            f"{where}: header entry must hold exactly dtype, shape and data_offsets; download this file again"
+        )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_SIZE:
         raise UsageError(f"{where}: unknown dtype {dtype!r}; known: {' '.join(DTYPE_SIZE)}")

@@ -36,7 +36,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="streamq", description="Quantize Wan video transformers, one block at a time.", allow_abbrev=False)
+    parser = _Parser(
+        prog="streamq", description="Quantize Wan video transformers, one block at a time.", allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"streamq {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
 
@@ -49,7 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("path")
     verify = commands.add_parser("verify", help="check a quantized folder, offline", allow_abbrev=False)
     verify.add_argument("save_path", type=Path)
-    verify.add_argument("--source", metavar="MODEL_PATH", help="compare every layer with the float model it was made from")
+    verify.add_argument(
+        "--source", metavar="MODEL_PATH", help="compare every layer with the float model it was made from"
+    )
     recipes = commands.add_parser("recipes", help="list the library's recipes, or print one", allow_abbrev=False)
     recipes.add_argument("name", nargs="?")
     for command in (inspect, verify, recipes):
@@ -75,7 +79,13 @@ def _add_quant_options(parser: argparse.ArgumentParser) -> None:
     add("--max_host_memory", metavar="SIZE", help="budget, e.g. 4GiB")
     add("--max_device_memory", metavar="SIZE", help="budget, e.g. 4GiB")
     add("--match", help="msmodelslim or lightx2v: that tool's arithmetic, byte for byte")
-    add("--read_ahead", type=int, default=1, metavar="N", help="layers read ahead and written behind; 0: one thread (default 1)")
+    add(
+        "--read_ahead",
+        type=int,
+        default=1,
+        metavar="N",
+        help="layers read ahead and written behind; 0: one thread (default 1)",
+    )
     add("--trust_remote_code", choices=["True", "False"], default="False", help="accepted; no code is ever run")
     add("--seed", type=int, default=0)
     add("--quiet", action="store_true", help="no progress")
@@ -140,16 +150,23 @@ def _run(plan: Plan) -> int:
         with display.Display(device, quiet=options.quiet) as watcher:
             manifest = pipeline.run(plan, device, watcher)
     except KeyboardInterrupt:
-        print(f"error: interrupted; what is committed in {options.save_path} is kept, the same command resumes", file=sys.stderr)
+        print(
+            f"error: interrupted; what is committed in {options.save_path} is kept, the same command resumes",
+            file=sys.stderr,
+        )
         return 130
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise RunError(
-            f"out of memory ({' '.join(str(error).split())[:200]}); committed blocks are kept: run the same command with"
-            f" --read_ahead 0, or a smaller --max_host_memory or --max_device_memory"
+            f"out of memory ({' '.join(str(error).split())[:200]}); committed blocks are kept: run the same command"
+            " with --read_ahead 0, or a smaller --max_host_memory or --max_device_memory"
         ) from error
     if manifest is None:
         figures: dict[str, Any] = {"status": "already done", "save_path": str(options.save_path), "plan": plan.hash}
-        print(json.dumps(figures, indent=1) if options.json else f"already done: {options.save_path} is complete and intact")
+        print(
+            json.dumps(figures, indent=1)
+            if options.json
+            else f"already done: {options.save_path} is complete and intact"
+        )
         return 0
     figures = display.summary(plan, manifest, device, time.monotonic() - began)
     if options.json:
@@ -201,8 +218,14 @@ def _recipes(args: argparse.Namespace) -> int:
     library = recipe.library()
     if args.name is not None:
         if args.name not in library:
-            raise UsageError(f"recipe {args.name}: not in the library; have: {', '.join(library)}{nearest(args.name, tuple(library))}")
-        print(json.dumps({"name": args.name, "yaml": library[args.name]}) if args.json else library[args.name], end="\n" if args.json else "")
+            raise UsageError(
+                f"recipe {args.name}: not in the library; have: {', '.join(library)}"
+                + nearest(args.name, tuple(library))
+            )
+        print(
+            json.dumps({"name": args.name, "yaml": library[args.name]}) if args.json else library[args.name],
+            end="\n" if args.json else "",
+        )
         return 0
     about = {name: recipe.parse_recipe(text, name, name).document["metadata"] for name, text in library.items()}
     if args.json:

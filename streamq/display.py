@@ -48,7 +48,12 @@ class Display:
 
     def __enter__(self) -> Display:
         if self.console.is_terminal and not self.quiet:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TimeElapsedColumn(),
+            )
             self.bar = Progress(*columns, TextColumn("{task.fields[figures]}"), console=self.console)
             self.bar.start()
             self.task = self.bar.add_task("starting", total=None, figures="")
@@ -99,7 +104,10 @@ def show_plan(plan: Plan) -> None:
     model = plan.experts[0].expert.model
     console = Console(highlight=False)
     experts = f", {len(plan.experts)} experts" if len(plan.experts) > 1 else ""
-    console.print(f"[bold]{plan.source_path}[/]: Wan {model.family}, {model.n_blocks} blocks of width {model.dim}{experts}", soft_wrap=True)
+    console.print(
+        f"[bold]{plan.source_path}[/]: Wan {model.family}, {model.n_blocks} blocks of width {model.dim}{experts}",
+        soft_wrap=True,
+    )
     table = Table("format", "type", "layers", "example")
     for target in plan.targets:
         layers = plan.layers[target.name]
@@ -130,7 +138,10 @@ def summary(plan: Plan, manifest: dict[str, Any], device: Device, seconds: float
         ),
         reverse=True,
     )[:5]
-    layers = {form: dict(Counter(about["type"] for about in made["layers"].values())) for form, made in manifest["formats"].items()}
+    layers = {
+        form: dict(Counter(about["type"] for about in made["layers"].values()))
+        for form, made in manifest["formats"].items()
+    }
     return {
         "status": "done",
         "save_path": str(plan.options.save_path),
@@ -190,4 +201,6 @@ def show_verdict(report: dict[str, Any]) -> None:
             table.add_row(name, f"{found['rel_error']:.4%}", f"{found['cosine']:.6f}")
         console.print(table)
     count = len(report["files"])
-    console.print("[green]ok[/]" if report["ok"] else f"[red]{len(report['problems'])} problems[/]", f"({count} files hashed)")
+    console.print(
+        "[green]ok[/]" if report["ok"] else f"[red]{len(report['problems'])} problems[/]", f"({count} files hashed)"
+    )

@@ -108,7 +108,9 @@ def _lock(path: Path) -> int | None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise UsageError(f"--save_path {path.parent}: another run is at work on it; wait for it, or choose another") from None
+        raise UsageError(
+            f"--save_path {path.parent}: another run is at work on it; wait for it, or choose another"
+        ) from None
     if not path.exists() or path.stat().st_ino != os.fstat(descriptor).st_ino:
         os.close(descriptor)
         return None
@@ -123,7 +125,9 @@ def _create(plan: Plan, path: Path) -> Journal:
     except (FileExistsError, BlockingIOError):
         raise UsageError(f"--save_path {path.parent}: another run has just started on it; wait for it") from None
     except OSError as error:
-        raise UsageError(f"--save_path {path.parent}: {error.strerror}; choose a folder that can be written to") from error
+        raise UsageError(
+            f"--save_path {path.parent}: {error.strerror}; choose a folder that can be written to"
+        ) from error
     _append(descriptor, {"streamq": __version__, "plan": plan.hash, "sources": _source_times(plan)})
     sync_folder(path.parent)
     return Journal(path, descriptor, [])
@@ -197,7 +201,9 @@ def _finished(plan: Plan) -> bool:
         document = json.loads(manifest.read_bytes())
         made_by = document["plan"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{manifest}: not a manifest of streamq ({error}); --overwrite discards what is there") from error
+        raise UsageError(
+            f"{manifest}: not a manifest of streamq ({error}); --overwrite discards what is there"
+        ) from error
     if made_by != plan.hash:
         raise UsageError(
             f"--save_path {folder}: holds another plan's finished output (plan {str(made_by)[:12]}, this one is"
@@ -223,7 +229,9 @@ def discardable(folder: Path) -> set[Path]:
     if manifest.is_file():
         try:
             listed = json.loads(manifest.read_bytes())["files"]
-            doomed |= {folder / name for name in listed if ".." not in Path(name).parts and not Path(name).is_absolute()}
+            doomed |= {
+                folder / name for name in listed if ".." not in Path(name).parts and not Path(name).is_absolute()
+            }
         except (ValueError, KeyError, TypeError):
             pass  # a broken manifest lists nothing
     places = [folder, *(folder / name for name in _SUBFOLDERS)]
@@ -251,7 +259,9 @@ def open_files(plan: Plan, journal: Journal) -> list[ShardWriter]:
         if number in committed:
             problem = writer.reopen(committed[number])
             if problem:
-                raise UsageError(f"{plan.options.save_path}: cannot be resumed: {problem}; start again with --no_resume")
+                raise UsageError(
+                    f"{plan.options.save_path}: cannot be resumed: {problem}; start again with --no_resume"
+                )
         else:
             writer.create()
     return writers

@@ -34,7 +34,9 @@ class Output:
             files.append(file)
             for info in infos:
                 if info.name in tensors:
-                    raise UsageError(f"{info.name}: in two files, {files[tensors[info.name].file].name} and {file.name}")
+                    raise UsageError(
+                        f"{info.name}: in two files, {files[tensors[info.name].file].name} and {file.name}"
+                    )
                 tensors[info.name] = info
         return Checkpoint(self.folder, tuple(files), tensors)
 

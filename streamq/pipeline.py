@@ -3,9 +3,9 @@
     disk -> source -> [read ahead] -> device -> method -> format -> [write behind] -> file -> sync -> journal
 
 A step is one linear layer, or one tensor that passes through; a unit is a block's steps, and is what is committed.
-The layers in memory share `plan.arena_nbytes`, so the number of blocks does not matter. At `read_ahead` 0 everything happens
-in this thread; above, one thread reads that many steps ahead and one writes as many behind. The bytes are the same:
-steps are read, worked on and written in the plan's order at every depth.
+The layers in memory share `plan.arena_nbytes`, so the number of blocks does not matter. At `read_ahead` 0 everything
+happens in this thread; above, one thread reads that many steps ahead and one writes as many behind. The bytes are the
+same: steps are read, worked on and written in the plan's order at every depth.
 """
 
 from __future__ import annotations
@@ -167,9 +167,7 @@ def _damaged(info: TensorInfo, work: _Work) -> RunError:
     return RunError(f"{where}: NaN or Inf in it; the source is damaged: download it again, then run the same command")
 
 
-def _write(
-    tensors: list[tuple[Place, torch.Tensor]], token: Any, work: _Work, commit: Commit, arena: Arena
-) -> None:
+def _write(tensors: list[tuple[Place, torch.Tensor]], token: Any, work: _Work, commit: Commit, arena: Arena) -> None:
     for place, tensor in tensors:
         writer = work.writers[place.file]
         writer.begin(place)
@@ -200,7 +198,7 @@ def _copy(step: Step, work: _Work, commit: Commit, chunk: torch.Tensor) -> None:
 
 
 def _commit(unit: Unit, work: _Work, commit: Commit) -> None:
-    """Bytes to the disk, then the journal's line: in this order, or a power cut could leave a line without its bytes."""
+    """Bytes to the disk, then the journal's line: a power cut must not leave a line without its bytes."""
     for number in {place.file for step in unit.steps for output in step.outputs for place in output.places}:
         work.writers[number].sync()
     work.source.check_unchanged()

@@ -208,7 +208,7 @@ def make_plan(options: QuantOptions, *, download: bool) -> Plan:
 
 
 def _arena_nbytes(parts: tuple[ExpertPlan, ...], options: QuantOptions, kind: str) -> int:
-    """Room for the layer at work, `read_ahead` before and as many behind it, or as much of that as the budgets allow."""
+    """Room for the layer at work, `read_ahead` before and as many behind it, as far as the budgets allow."""
     sizes = [step.working_nbytes for part in parts for unit in part.units for step in unit.steps if step.quantized]
     window = 2 * options.read_ahead + 1
     wanted, least = max(sum(sizes[i : i + window]) for i in range(len(sizes))), max(sizes)
@@ -223,8 +223,8 @@ def _arena_nbytes(parts: tuple[ExpertPlan, ...], options: QuantOptions, kind: st
         need = fixed + (least if holds_arena else 0)
         if need > budget:
             raise UsageError(
-                f"{option}: a budget of {budget} bytes, but the least that this run can do with is {need} ({fixed} before"
-                f" the first weight, {least if holds_arena else 0} for the largest layer); raise the budget"
+                f"{option}: a budget of {budget} bytes, but the least that this run can do with is {need}"
+                f" ({fixed} before the first weight, {need - fixed} for the largest layer); raise the budget"
             )
         wanted = min(wanted, budget - fixed) if holds_arena else wanted
     return wanted
@@ -240,7 +240,9 @@ def _check_paths(source: Path, save_path: Path) -> None:
         if inner == outer:
             raise UsageError(f"--save_path {save_path}: the same as --model_path; choose a folder beside it")
         if inner.is_relative_to(outer):
-            raise UsageError(f"--save_path {save_path}: lies {relation} --model_path {source}; choose a folder beside it")
+            raise UsageError(
+                f"--save_path {save_path}: lies {relation} --model_path {source}; choose a folder beside it"
+            )
     if save_path.exists() and not save_path.is_dir():
         raise UsageError(f"--save_path {save_path}: a file; give a folder")
     parent = _existing_parent(save_path)
@@ -252,7 +254,9 @@ def _check_sources_outside(expert: wan.Expert, save_path: Path) -> None:
     save = save_path.resolve()
     for file in expert.model.checkpoint.files:
         if file.path.resolve().is_relative_to(save):
-            raise UsageError(f"--save_path {save_path}: holds the source file {file.path.resolve()}; choose another folder")
+            raise UsageError(
+                f"--save_path {save_path}: holds the source file {file.path.resolve()}; choose another folder"
+            )
 
 
 def _existing_parent(path: Path) -> Path:
@@ -266,7 +270,9 @@ def _targets(options: QuantOptions) -> tuple[list[Target], list[str]]:
     known = formats()
     for name in options.formats:
         if name not in known:
-            raise UsageError(f"--format {name}: unknown; this version has {', '.join(known)}{nearest(name, tuple(known))}")
+            raise UsageError(
+                f"--format {name}: unknown; this version has {', '.join(known)}{nearest(name, tuple(known))}"
+            )
     if options.config_path is not None and options.quant_type is not None:
         raise UsageError("--config_path and --quant_type exclude each other; give one of them")
     if options.config_path is None and options.quant_type is None:
@@ -277,12 +283,10 @@ def _targets(options: QuantOptions) -> tuple[list[Target], list[str]]:
     else:
         assert options.quant_type is not None
         chosen = {}
-        for name in options.formats or (None,):
-            found = recipe.recipe_for(options.quant_type, name)
-            chosen[name or found.format or "mindie"] = found
-    targets = [
-        Target(name, known[name], found, name if len(chosen) > 1 else "") for name, found in chosen.items()
-    ]
+        for wanted in options.formats or (None,):
+            found = recipe.recipe_for(options.quant_type, wanted)
+            chosen[wanted or found.format or "mindie"] = found
+    targets = [Target(name, known[name], found, name if len(chosen) > 1 else "") for name, found in chosen.items()]
     tools = {tool for target in targets for tool in target.format.RULES if tool}
     if options.match and options.match not in tools:
         every = ", ".join(f"{t} (format {n})" for n, f in known.items() for t in f.RULES if t)
@@ -323,11 +327,11 @@ class _Builder:
         """Schemes by layer, written names by piece, and the place of each written name, for one format and expert."""
         model, form = expert.model, target.format
         pairs, warnings = recipe.resolve(target.recipe, [linear.native for linear in model.linears])
-        schemes = {l.name: self.scheme(target, pair) for l in model.linears if (pair := pairs[l.native])}
-        types = {l.native: schemes[l.name].type if l.name in schemes else None for l in model.linears}
+        linears = {linear.name: linear for linear in model.linears}
+        schemes = {n: self.scheme(target, pair) for n, linear in linears.items() if (pair := pairs[linear.native])}
+        types = {linear.native: schemes[n].type if n in schemes else None for n, linear in linears.items()}
         save = SaveOptions(self.options.layout, self.options.max_shard_size or target.recipe.part_file_size * (1 << 30))
         self.warnings.extend([*warnings, *form.check(types, save)])
-        linears = {linear.name: linear for linear in model.linears}
         written: dict[str, list[Spec]] = {}
         for name, sources in _pieces(model).items():
             if name in schemes:
@@ -392,5 +396,3 @@ def check_disk(plan: Plan, freed: int = 0) -> None:
             f"--save_path {plan.options.save_path}: {need} bytes are to be written, {free} are free on its disk;"
             " make room or choose another disk"
         )
-
-

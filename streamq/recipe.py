@@ -48,9 +48,15 @@ QCONFIG_VALUES: dict[str, tuple[str, ...]] = {
     "weight.dtype": ("int8", "mxfp8", "mxfp4"),
     "weight.method": ("minmax", "mse", "mse_round", "ceil_x"),
 }
-_INTS = "frame_num sample_steps base_seed cfg_size ulysses_size ring_size tp_size attentioncache_interval start_step end_step sparse_start_step"
+_INTS = (
+    "frame_num sample_steps base_seed cfg_size ulysses_size ring_size tp_size attentioncache_interval start_step"
+    " end_step sparse_start_step"
+)
 _FLOATS = "sample_shift attentioncache_ratio sparsity"
-_BOOLS = "offload_model convert_model_dtype vae_parallel t5_fsdp t5_cpu dit_fsdp use_prompt_extend use_attentioncache use_rainfusion"
+_BOOLS = (
+    "offload_model convert_model_dtype vae_parallel t5_fsdp t5_cpu dit_fsdp use_prompt_extend use_attentioncache"
+    " use_rainfusion"
+)
 _TEXTS = (
     "prompt size task image sample_solver ckpt_dir save_file quant_dit_path prompt_extend_method prompt_extend_model"
     " prompt_extend_target_lang"
@@ -120,7 +126,7 @@ class LinearQuant:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe, checked. `document` is what the manifest keeps: the parsed YAML without keys that only carry anchors."""
+    """A recipe, checked. `document` is what the manifest keeps: the YAML without keys that only carry anchors."""
 
     name: str
     process: tuple[LinearQuant, ...]
@@ -238,7 +244,7 @@ class _Reader:
         process = tuple(self.step(step, f"spec.process.{i}") for i, step in enumerate(steps))
         form, part_file_size = self.save(spec.get("save"))
         model_config = self.multimodal(spec.get("multimodal_sd_config") or {})
-        kept = {key: _plain(top[key]) for key in ("apiversion", "metadata", "spec") if key in top}
+        kept: dict[str, Any] = {key: _plain(top[key]) for key in ("apiversion", "metadata", "spec") if key in top}
         return Recipe(name, process, form, part_file_size, model_config, kept, tuple(self.warnings))
 
     def count_nodes(self, value: Any) -> None:
@@ -277,7 +283,9 @@ class _Reader:
         item = self.mapping(value, path, ("include", "qconfig"))
         for key in ("include", "qconfig"):
             if key not in item:
-                raise self.fail(f"{path}.{key}", "missing: an override needs include and qconfig (qconfig: null = float)")
+                raise self.fail(
+                    f"{path}.{key}", "missing: an override needs include and qconfig (qconfig: null = float)"
+                )
         pair = None if item["qconfig"] is None else self.pair(item["qconfig"], f"{path}.qconfig", base)
         return Override(self.patterns(item["include"], f"{path}.include"), pair, path)
 
@@ -318,8 +326,10 @@ class _Reader:
         if not isinstance(given.get("symmetric", True), bool):
             raise self.fail(f"{path}.symmetric", f"{given['symmetric']!r} is not True or False")
         ext = self.mapping(given.get("ext") or {}, f"{path}.ext", ())
-        changes = {key: given[key] for key in ("scope", "dtype", "symmetric", "method") if key in given}
-        return replace(default, **changes, **({"ext": tuple(sorted(ext.items()))} if "ext" in given else {}))
+        changes: dict[str, Any] = {k: given[k] for k in ("scope", "dtype", "symmetric", "method") if k in given}
+        if "ext" in given:
+            changes["ext"] = tuple(sorted(ext.items()))
+        return replace(default, **changes)
 
     def save(self, value: Any) -> tuple[str | None, int]:
         if value is None:
@@ -457,4 +467,6 @@ def recipe_for(quant_type: str, form: str | None) -> Recipe:
     if quant_type in recipes:
         return recipes[quant_type]
     known = tuple(served)
-    raise UsageError(f"--quant_type {quant_type}: no such type here; have: {', '.join(known)}{nearest(quant_type, known)}")
+    raise UsageError(
+        f"--quant_type {quant_type}: no such type here; have: {', '.join(known)}{nearest(quant_type, known)}"
+    )

@@ -1,7 +1,7 @@
 """What the loop's stages share: a ring of memory, and threads that do jobs in order.
 
-Reading and writing overlap with the arithmetic only where they use other hardware, so both are settings of one code path
-and not code of their own: an arena that is small, or lanes without threads, make the same bytes.
+Reading and writing overlap with the arithmetic only where they use other hardware, so both are settings of one code
+path and not code of their own: an arena that is small, or lanes without threads, make the same bytes.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Lane:
         return done
 
     def submit(self, job: Callable[..., Any], *args: Any) -> None:
-        """Begin a job that nobody waits for, once fewer than `depth` are outstanding. Raises what an earlier one did."""
+        """Begin a job that nobody waits for, once fewer than `depth` are outstanding. Raises an earlier one's error."""
         while self._outstanding and len(self._outstanding) >= self.depth:
             self._outstanding.popleft().result()
         self._outstanding.append(self.start(job, *args))

@@ -1,7 +1,7 @@
 """`streamq verify`: is a written folder what its runtime needs, whole, and what its source says it should be?
 
-Offline and in bounded memory: files are hashed in chunks, layers are dequantized one at a time. Everything that is wrong
-becomes a line of text; nothing is changed.
+Offline and in bounded memory: files are hashed in chunks, layers are dequantized one at a time. Everything that is
+wrong becomes a line of text; nothing is changed.
 """
 
 from __future__ import annotations
@@ -151,7 +151,9 @@ def _incomplete(output: outputs.Output, checkpoint: Checkpoint) -> str | None:
 
 def _matching(experts: list[wan.Expert], output: outputs.Output, count: int) -> wan.Expert:
     if len(experts) != count:
-        raise UsageError(f"--source has {len(experts)} transformers, the folder {count}; give the source it was made from")
+        raise UsageError(
+            f"--source has {len(experts)} transformers, the folder {count}; give the source it was made from"
+        )
     name = Path(output.label).name
     return next((expert for expert in experts if expert.name == name), experts[0])
 
@@ -189,7 +191,7 @@ def _compare(
             limit = recorded.get(label + linear.native, ERROR_LIMIT / 1.01) * 1.01 + 1e-6
             if not error <= limit:
                 report.problems.append(
-                    f"{prefix}{linear.native}: relative error {error:.4g} against the source, at most {limit:.4g} expected"
+                    f"{prefix}{linear.native}: relative error {error:.4g} against the source, at most {limit:.4g} due"
                 )
         for name, info in model.tensors.items():
             native = wan.to_native(name)

@@ -183,7 +183,7 @@ class Model:
 
     @cached_property
     def native_config(self) -> dict[str, Any]:
-        """The twelve keys of Wan-AI's own `config.json`, from shapes and, where shapes cannot tell, the source's config.
+        """The twelve keys of Wan-AI's own `config.json`: from shapes, and from the source's config where they are mute.
 
         Raises UsageError where neither tells the number of heads.
         """
@@ -192,7 +192,7 @@ class Model:
         if not isinstance(heads, int):
             if self.dim % HEAD_DIM:
                 raise UsageError(
-                    f"{self.checkpoint.root}: no config.json, and a width of {self.dim} is not a multiple of {HEAD_DIM},"
+                    f"{self.checkpoint.root}: no config.json, and the width {self.dim} is not a multiple of {HEAD_DIM},"
                     " Wan's head size; put the model's config.json beside the weights"
                 )
             heads = self.dim // HEAD_DIM
@@ -231,7 +231,9 @@ def describe(checkpoint: Checkpoint, *, quantized: bool = False) -> Model:
         if name is None:
             continue
         if name in tensors:
-            raise UsageError(f"{checkpoint.where(info)}: the same tensor as {tensors[name].name}; remove one of the two")
+            raise UsageError(
+                f"{checkpoint.where(info)}: the same tensor as {tensors[name].name}; remove one of the two"
+            )
         tensors[name] = info
     n_blocks, n_vace = _count_blocks(checkpoint, tensors)
     _check_blocks(checkpoint, tensors, n_blocks, n_vace)
@@ -297,18 +299,18 @@ def _check_blocks(checkpoint: Checkpoint, tensors: dict[str, TensorInfo], n_bloc
             parts.setdefault(block, {})[name.removeprefix(block + ".")] = info
     for kind, count in (("blocks", n_blocks), ("vace_blocks", n_vace)):
         for i in range(count):
-            block, first = parts[f"{kind}.{i}"], parts[f"{kind}.0"]
+            mine, first = parts[f"{kind}.{i}"], parts[f"{kind}.0"]
             optional = {"proj_in.weight", "proj_in.bias"} if kind == "vace_blocks" else set()
-            for inner in sorted((first.keys() ^ block.keys()) - optional):
-                present, absent = (i, 0) if inner in block else (0, i)
+            for inner in sorted((first.keys() ^ mine.keys()) - optional):
+                present, absent = (i, 0) if inner in mine else (0, i)
                 raise UsageError(
                     f"{checkpoint.root}: {kind}.{present}.{inner} has no counterpart in {kind}.{absent}:"
-                    f" block {i} has {len(block)} tensors, block 0 {len(first)}; download the checkpoint again"
+                    f" block {i} has {len(mine)} tensors, block 0 {len(first)}; download the checkpoint again"
                 )
-            for inner, info in block.items():
+            for inner, info in mine.items():
                 if inner in first and info.shape != first[inner].shape:
                     raise UsageError(
-                        f"{checkpoint.where(info)}: shape {list(info.shape)}, but block 0 has {list(first[inner].shape)};"
+                        f"{checkpoint.where(info)}: shape {list(info.shape)}, block 0 has {list(first[inner].shape)};"
                         " every block of a Wan model has block 0's shapes: download it again"
                     )
         if count:
@@ -433,7 +435,9 @@ def _expert_places(path: Path) -> list[tuple[str, Path]]:
     second = path / "transformer_2"
     if not second.is_dir():
         if _lists_second_expert(path):
-            raise UsageError(f"{second}: missing, but model_index.json lists it; download it, or give transformer/ itself")
+            raise UsageError(
+                f"{second}: missing, but model_index.json lists it; download it, or give transformer/ itself"
+            )
         return [("", path / "transformer")]
     return [("high_noise_model", path / "transformer"), ("low_noise_model", second)]
 

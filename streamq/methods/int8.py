@@ -2,9 +2,9 @@
 
     s = amax(|row|) / 127        q = round_half_even(w / s)
 
-True division, as in msModelSlim and LightX2V (multiplying by the reciprocal differs in 5e-7 of the codes). A large matrix
-goes through in tiles of rows that stay in the processor's cache, with `out=` everywhere: on a CPU fresh temporaries cost
-more than the arithmetic. Row results do not depend on the tile, so every device and tile gives the same codes.
+True division, as in msModelSlim and LightX2V (multiplying by the reciprocal differs in 5e-7 of the codes). A large
+matrix goes through in tiles of rows that stay in the processor's cache, with `out=` everywhere: on a CPU fresh
+temporaries cost more than the arithmetic. A row's result does not depend on its tile, nor on the device.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def quantize(weight: Tensor, bias: Tensor | None, scheme: Scheme, out: Tensor | 
     step = max(1, tile // (4 * columns))
     dtype = torch.float32 if rule.arithmetic == "fp32" else weight.dtype
     work = _Tile(min(step, rows), columns, dtype, weight.device)
+    # In fp32, with a scale that is amax / 127 and no less, |w / s| stays below 127.5 by construction.
+    clips = config.method == "mse" or rule.arithmetic != "fp32" or rule.scale_dtype != "F32"
     whole = _amax(weight, step) if config.scope == "per_tensor" else None
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
@@ -46,7 +48,9 @@ def quantize(weight: Tensor, bias: Tensor | None, scheme: Scheme, out: Tensor | 
         if config.method == "mse":
             amax = _mse_amax(w, amax, rule, work)
         scale = _scale(amax, rule)
-        q = work.codes(w, scale, rule)
+        q = torch.div(w, scale, out=work.q[: w.shape[0]]).round_()
+        if clips:
+            q.clamp_(rule.qmin, QMAX)
         codes[part].copy_(q)
         scales[part].copy_(scale)
         work.errors(q, scales[part], w, lost[part], norm[part])
@@ -72,11 +76,6 @@ class _Tile:
         torch.amax(w, dim=1, keepdim=True, out=high)
         torch.amin(w, dim=1, keepdim=True, out=low)
         return torch.maximum(high, low.neg_(), out=high)
-
-    def codes(self, w: Tensor, scale: Tensor, rule: Int8Rule) -> Tensor:
-        q = torch.div(w, scale, out=self.q[: w.shape[0]]).round_()
-        # In fp32 with an unrounded scale |w/s| stays below 127.5 by construction.
-        return q if rule.arithmetic == "fp32" and rule.scale_dtype == "F32" else q.clamp_(rule.qmin, QMAX)
 
     def errors(self, q: Tensor, scale: Tensor, w: Tensor, lost: Tensor, norm: Tensor) -> None:
         """Row norms of w - q·s and of w, in fp32. Overwrites q."""
