@@ -38,6 +38,7 @@ class Accelerator:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def load(self, read: READER, into: torch.Tensor) -> Any:
+        self.module.set_device(self.device)  # a thread's own setting: left alone, the reader's and the writer's is card 0
         with self.module.stream(self._inward):
             for number, start in enumerate(range(0, into.numel(), STAGE_CHUNK)):
                 host, copied = self._ring_in[number % STAGE_CHUNKS]
@@ -62,6 +63,7 @@ class Accelerator:
     def store(self, tensor: torch.Tensor, token: Any) -> Iterator[memoryview]:
         flat = tensor.reshape(-1).view(torch.uint8)
         pending: list[tuple[torch.Tensor, Any]] = []
+        self.module.set_device(self.device)
         self._outward.wait_event(token)
         for number, start in enumerate(range(0, flat.numel(), STAGE_CHUNK)):
             host, copied = self._ring_out[number % STAGE_CHUNKS]

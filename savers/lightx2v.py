@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamq.checkpoint import DTYPE_SIZE, load_json
+from streamq.checkpoint import DTYPE_SIZE, load_json, read_header
 from streamq.errors import UsageError
 from streamq.quantized import Int8Rule, QuantizedLinear, Scheme
 from streamq.savers import Document, SaveOptions, Spec
@@ -100,10 +100,14 @@ def documents(
 
 
 def recognise(folder: Path) -> bool:
-    """Whether the folder has LightX2V's blocks, or its single file beside a native config."""
+    """Whether the folder has LightX2V's blocks, or its single file: a native checkpoint's, but for the scales in it."""
     if (folder / "non_block.safetensors").is_file() and (folder / "block_0.safetensors").is_file():
         return True
-    return (folder / SINGLE).is_file() and (folder / "config.json").is_file() and "dim" in _config(folder)
+    try:
+        _, infos = read_header(folder / SINGLE, folder)
+    except UsageError:
+        return False
+    return any(info.name.endswith(".weight_scale") for info in infos)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -139,7 +143,8 @@ def problems(folder: Path, tensors: Mapping[str, Any]) -> list[str]:
             found.append(f"{layer}.bias: missing; LightX2V would load None")
         elif bias.dtype not in ("F32", "BF16", "F16") or tuple(bias.shape) != (rows,):
             found.append(f"{layer}.bias: {bias.dtype} {list(bias.shape)}, must be a float [{rows}]")
-    ours = {"non_block.safetensors", SINGLE} | {f"block_{i}.safetensors" for i in range(config.get("num_layers", 0))}
+    blocks = {unit_of(name) for name in tensors} - {"rest"}
+    ours = {"non_block.safetensors", SINGLE} | {f"block_{block.partition('.')[2]}.safetensors" for block in blocks}
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in ours:
             found.append(f"{path.name}: LightX2V would load this file too; move it elsewhere")

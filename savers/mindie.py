@@ -59,10 +59,6 @@ def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str) -> Spe
 
 def check(types: Mapping[str, str | None], options: SaveOptions) -> list[str]:
     """Warns of shards, which the present runtime does not read."""
-    if options.layout != "block":
-        raise UsageError(
-            f"--layout {options.layout} is for lightx2v; mindie writes one file, or shards by --max_shard_size"
-        )
     if not options.max_shard_size:
         return []
     return [

@@ -11,6 +11,7 @@ import json
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -113,9 +114,11 @@ def _options(args: argparse.Namespace) -> QuantOptions:
 
 def _plan(args: argparse.Namespace) -> int:
     from streamq import display
-    from streamq.plan import make_plan
+    from streamq.journal import discardable
+    from streamq.plan import check_disk, make_plan
 
     plan = make_plan(_options(args), download=False)
+    check_disk(plan, freed=sum(path.lstat().st_size for path in discardable(plan.options.save_path)))
     if args.json:
         print(json.dumps(plan.to_json(), indent=1))
         return 0
@@ -257,7 +260,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = [_underscores(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     debug = "--debug" in given
     try:
-        signal.signal(signal.SIGTERM, _interrupt)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _interrupt)
         args = _parser().parse_args(given)
         return COMMANDS[args.command](args)
     except KeyboardInterrupt:

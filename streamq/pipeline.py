@@ -17,7 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -32,19 +32,9 @@ from streamq.methods.int8 import DTYPES
 from streamq.plan import COPY_CHUNK, ExpertPlan, Plan, Step, Unit, aligned
 from streamq.quantized import QuantizedLinear, Scheme
 from streamq.savers.shard import Place, ShardWriter, write_whole
-from streamq.stages import Arena, Lane
+from streamq.stages import Arena, Lane, Watcher
 
 Loaded = tuple[Step, torch.Tensor | None, Future[Any]]
-
-
-class Watcher(Protocol):
-    """Whoever shows how far a run is. Called from the thread that writes."""
-
-    def started(self, plan: Plan, done: set[str]) -> None:
-        """Work begins; the units in `done` were committed by an earlier run."""
-
-    def committed(self, unit: Unit, commit: Commit) -> None:
-        """A unit's bytes are on the disk for good."""
 
 
 def run(plan: Plan, device: Device, watcher: Watcher) -> dict[str, Any] | None:
@@ -125,23 +115,24 @@ def _read_ahead(steps: list[Step], work: _Work, arena: Arena, reader: Lane, writ
 
 
 def _load(step: Step, memory: torch.Tensor | None, work: _Work) -> Any:
-    if memory is None:
-        return None
-    token, start = None, 0
-    for info in step.sources:
-        part = memory[start : start + info.nbytes]
+    token = None
+    for info, part in zip(step.sources, _parts(step, memory) if memory is not None else (), strict=False):
         token = work.device.load(partial(work.source.read, info), part)
         work.source.drop(info)
-        start += aligned(info.nbytes)
     return token
+
+
+def _parts(step: Step, memory: torch.Tensor) -> list[torch.Tensor]:
+    """A step's region of the arena: the bytes of each source tensor, and the rest, for codes."""
+    sizes = [aligned(info.nbytes) for info in step.sources]
+    parts = memory.split([*sizes, memory.numel() - sum(sizes)])
+    return [part[: info.nbytes] for part, info in zip(parts, step.sources, strict=False)] + [parts[-1]]
 
 
 def _quantize(step: Step, memory: torch.Tensor, work: _Work, commit: Commit) -> list[tuple[Place, torch.Tensor]]:
     """Every target's tensors of one layer. Targets with equal schemes share the work."""
-    tensors, start = [], 0
-    for info in step.sources:
-        tensors.append(memory[start : start + info.nbytes].view(DTYPES[info.dtype]).view(info.shape))
-        start += aligned(info.nbytes)
+    *parts, room = _parts(step, memory)
+    tensors = [p.view(DTYPES[i.dtype]).view(i.shape) for p, i in zip(parts, step.sources, strict=True)]
     weight, bias = tensors[0], tensors[1] if len(tensors) > 1 else None
     made: dict[Scheme, QuantizedLinear] = {}
     found: list[tuple[Place, torch.Tensor]] = []
@@ -151,7 +142,7 @@ def _quantize(step: Step, memory: torch.Tensor, work: _Work, commit: Commit) -> 
             continue
         target = work.plan.targets[output.target]
         if output.scheme not in made:
-            codes = memory[start + len(made) * weight.numel() :][: weight.numel()].view(torch.int8).view(weight.shape)
+            codes, room = room[: weight.numel()].view(torch.int8).view(weight.shape), room[weight.numel() :]
             made[output.scheme] = layer = METHODS[output.scheme.type](weight, bias, output.scheme, out=codes)
             for info, values in zip(step.sources, (layer.scales, bias), strict=False):
                 if values is not None and not torch.isfinite(values).all():
@@ -187,7 +178,7 @@ def _copy(step: Step, work: _Work, commit: Commit, chunk: torch.Tensor) -> None:
             part = chunk[: min(COPY_CHUNK, info.nbytes - start)]
             work.source.read(info, start, host_bytes(part))
             values = part.view(DTYPES[info.dtype])
-            if not torch.isfinite(values.amax() - values.amin()):
+            if not (torch.isfinite(values.amax()) and torch.isfinite(values.amin())):  # both hand a NaN on
                 raise _damaged(info, work)
             for place in places:
                 work.writers[place.file].append(host_bytes(part), work.hasher.start)

@@ -291,8 +291,12 @@ def _targets(options: QuantOptions) -> tuple[list[Target], list[str]]:
     if options.match and options.match not in tools:
         every = ", ".join(f"{t} (format {n})" for n, f in known.items() for t in f.RULES if t)
         raise UsageError(f"--match {options.match}: not a tool whose bytes these formats can match; known: {every}")
-    ignored = options.trust_remote_code
-    return targets, ["--trust_remote_code True: streamq runs no code out of a checkpoint"] if ignored else []
+    if options.layout != "block" and "lightx2v" not in chosen:
+        raise UsageError(f"--layout {options.layout}: a setting of lightx2v, which is not written here; leave it out")
+    warnings = ["--trust_remote_code True: streamq runs no code out of a checkpoint"] * options.trust_remote_code
+    if options.max_device_memory is not None and kind_of(options.device) == "cpu":
+        warnings.append("--max_device_memory: ignored, the device is the cpu; its memory is --max_host_memory")
+    return targets, warnings
 
 
 class _Builder:

@@ -1,4 +1,4 @@
-"""What the loop's stages share: a ring of memory, and threads that do jobs in order.
+"""What the loop's stages share: a ring of memory, threads that do jobs in order, and whoever watches.
 
 Reading and writing overlap with the arithmetic only where they use other hardware, so both are settings of one code
 path and not code of their own: an arena that is small, or lanes without threads, make the same bytes.
@@ -10,11 +10,23 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from streamq.device import Device
+from streamq.journal import Commit
+from streamq.plan import Plan, Unit
+
+
+class Watcher(Protocol):
+    """Whoever shows how far a run is. Called from the thread that writes."""
+
+    def started(self, plan: Plan, done: set[str]) -> None:
+        """Work begins; the units in `done` were committed by an earlier run."""
+
+    def committed(self, unit: Unit, commit: Commit) -> None:
+        """A unit's bytes are on the disk for good."""
 
 
 class Arena:

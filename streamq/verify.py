@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from streamq import hub, outputs, wan
-from streamq.checkpoint import Checkpoint, Source, TensorInfo
+from streamq.checkpoint import Checkpoint, Source, TensorInfo, read_header
 from streamq.device.cpu import host_bytes
 from streamq.errors import StreamqError, UsageError
 from streamq.journal import JOURNAL
@@ -99,14 +99,12 @@ def _check_files(save_path: Path, document: dict[str, Any], report: Report) -> N
         report.files[name] = {"bytes": path.stat().st_size, "sha256": digest}
         if path.stat().st_size != about["bytes"]:
             report.problems.append(f"{name}: {path.stat().st_size} bytes, the manifest says {about['bytes']}")
-        elif digest != about["sha256"]:
+        if digest != about["sha256"]:
             report.problems.append(f"{name}: sha256 {digest[:12]}…, the manifest says {about['sha256'][:12]}…")
             report.problems += _changed_tensors(path, about.get("tensors", {}))
 
 
 def _changed_tensors(path: Path, expected: dict[str, str]) -> list[str]:
-    from streamq.checkpoint import read_header
-
     try:
         _, infos = read_header(path, path.parent)
     except UsageError:

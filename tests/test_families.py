@@ -63,6 +63,7 @@ def test_any_checkpoint(tmp_path: Path, tiny: Tiny, family: str, how: dict[str, 
         pytest.skip("has no diffusers release; refused, see test_bad_input")
     source = tiny(family, **how)
     found = facts(source)
+    assert "format" not in found
     expected, version, linears = FACTS[family]
     vace = found["n_vace_blocks"]
     assert isinstance(vace, int)

@@ -54,6 +54,11 @@ def quantize(weight: Tensor, bias: Tensor | None, scheme: Scheme, out: Tensor | 
         codes[part].copy_(q)
         scales[part].copy_(scale)
         work.errors(q, scales[part], w, lost[part], norm[part])
+    if not torch.isfinite(lost).all():  # squares beyond fp32: once more, in double
+        for start in range(0, rows, step):
+            w, q = (t[start : start + step].double() for t in (weight, codes))
+            lost[start : start + step] = (w - q * scales[start : start + step]).norm(dim=1)
+            norm[start : start + step] = w.norm(dim=1)
     return QuantizedLinear(scheme, codes, scales, bias, weight.dtype, _relative(lost, norm))
 
 
