@@ -1,0 +1,53 @@
+"""The promise: memory does not grow with the number of blocks, and the plan says how much it will be."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import synthetic
+from conftest import run, run_process
+
+MiB = 1 << 20
+# A block of 40 MB: small enough for a test, and large enough that holding a few of them would show.
+WIDE = replace(synthetic.FAMILIES["t2v-1.3B"], dim=1024, ffn=4096, text_dim=256)
+
+
+def peak(tmp_path: Path, blocks: int, *more: object) -> tuple[int, int]:
+    """(measured, predicted) peak of resident memory of a whole process, in bytes."""
+    source = tmp_path / f"model{blocks}"
+    if not source.exists():
+        synthetic.write(source, replace(WIDE, blocks=blocks), sparse=True)
+    command = [
+        "--model_path",
+        source,
+        "--save_path",
+        tmp_path / "out",
+        "--quant_type",
+        "w8a8",
+        "--device",
+        "cpu",
+        *more,
+    ]
+    predicted = json.loads(run("plan", *command, "--json").stdout)["peak_host_bytes"]
+    made = run_process("quant", *command, "--overwrite", "--quiet", "--json")
+    assert made.returncode == 0, made.stderr
+    return json.loads(made.stdout)["peak_host_bytes"], predicted
+
+
+@pytest.mark.parametrize("read_ahead", [0, 2])
+def test_memory_is_flat_in_blocks(tmp_path: Path, read_ahead: int) -> None:
+    (few, plan_few), (many, plan_many) = (peak(tmp_path, n, "--read_ahead", read_ahead) for n in (2, 12))
+    assert plan_few == plan_many
+    assert abs(many - few) < 24 * MiB  # ten more blocks are 400 MiB
+    assert many <= plan_many
+
+
+def test_plan_predicts_and_budget_binds(tmp_path: Path) -> None:
+    wide, predicted = peak(tmp_path, 4, "--read_ahead", 8)
+    assert 0.75 * predicted < wide <= predicted
+    tight, allowed = peak(tmp_path, 4, "--read_ahead", 8, "--max_host_memory", "300MiB")
+    assert allowed <= 300 * MiB < predicted
+    assert tight <= allowed
