@@ -81,6 +81,9 @@ class Format(Protocol):
     ) -> list[Document]:  # fmt: skip
         """Everything that is written besides tensors. `beside`: folders whose configuration files may be copied."""
 
+    def usage(self, folders: Mapping[str, Path]) -> list[str]:
+        """How to load what was written, in lines. `folders`: expert ("" for the only one) -> its folder."""
+
     def recognise(self, folder: Path) -> bool:
         """Whether a folder looks like this format's output."""
 

@@ -99,6 +99,14 @@ def documents(
     return found
 
 
+def usage(folders: Mapping[str, Path]) -> list[str]:
+    """The keys of LightX2V's JSON. With two experts `dit_quantized_ckpt` stays unset, or both would load that one."""
+    keys: dict[str, Any] = {"dit_quantized": True, "dit_quant_scheme": "int8-vllm"}
+    names = {"high_noise_model": "high_noise_quantized_ckpt", "low_noise_model": "low_noise_quantized_ckpt"}
+    keys |= {names.get(expert, "dit_quantized_ckpt"): str(folder.resolve()) for expert, folder in folders.items()}
+    return [json.dumps(keys, indent=1), "other int8 schemes read the same files; int8-npu: without lazy_load"]
+
+
 def recognise(folder: Path) -> bool:
     """Whether the folder has LightX2V's blocks, or its single file: a native checkpoint's, but for the scales in it."""
     if (folder / "non_block.safetensors").is_file() and (folder / "block_0.safetensors").is_file():

@@ -121,6 +121,15 @@ def documents(
     return [Document(file, content) for file, content in found.items()]
 
 
+def usage(folders: Mapping[str, Path]) -> list[str]:
+    """MindIE-SD replaces the layers of a float model that the pipeline has built."""
+    lines = ["from mindiesd import quantize"]
+    for expert, folder in folders.items():
+        description = next(folder.glob("quant_model_description*.json")).resolve()
+        lines.append(f'quantize({expert or "transformer"}, "{description}", dtype=torch.bfloat16)')
+    return lines
+
+
 def recognise(folder: Path) -> bool:
     """Whether there is exactly one MindIE description in the folder."""
     return len(list(folder.glob("quant_model_description*.json"))) == 1

@@ -313,10 +313,6 @@ class Source:
             done += count
         self.bytes_read += done
 
-    def will_need(self, info: TensorInfo) -> None:
-        """Ask the kernel to read the tensor ahead, without a thread or memory of ours."""
-        os.posix_fadvise(self._descriptors[info.file], info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
-
     def drop(self, info: TensorInfo) -> None:
         """Tell the kernel that the tensor's pages are not needed again, so that a server's page cache survives."""
         os.posix_fadvise(self._descriptors[info.file], info.offset, info.nbytes, os.POSIX_FADV_DONTNEED)

@@ -182,6 +182,10 @@ def _run(plan: Plan) -> int:
 def _import_torch() -> Any:
     try:
         import torch
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"no module {error.name}; `pip install torch`, or install streamq with its dependencies"
+        ) from error
     except (ImportError, RuntimeError, OSError) as error:
         raise UsageError(
             f"torch does not import ({' '.join(str(error).split())[:200]}); if torch_npu is installed without a working"

@@ -142,6 +142,13 @@ def summary(plan: Plan, manifest: dict[str, Any], device: Device, seconds: float
         form: dict(Counter(about["type"] for about in made["layers"].values()))
         for form, made in manifest["formats"].items()
     }
+    root = plan.options.save_path
+    usage = {
+        target.name: target.format.usage(
+            {part.expert.name: root / target.folder / part.expert.name for part in plan.experts}
+        )
+        for target in plan.targets
+    }
     return {
         "status": "done",
         "save_path": str(plan.options.save_path),
@@ -153,6 +160,7 @@ def summary(plan: Plan, manifest: dict[str, Any], device: Device, seconds: float
         "peak_host_bytes": peak_rss(),
         "peak_device_bytes": device.memory()[1],
         "seconds": round(seconds, 3),
+        "usage": usage,
         "warnings": list(plan.warnings),
     }
 
@@ -171,6 +179,8 @@ def show_summary(figures: dict[str, Any]) -> None:
         table.add_row("peak device memory", format_bytes(figures["peak_device_bytes"]))
     table.add_row("seconds", f"{figures['seconds']:.1f}")
     console.print(table)
+    for form, lines in figures["usage"].items():
+        console.print(f"to load it in {form}:", *lines, sep="\n", soft_wrap=True, markup=False)
 
 
 def show_facts(facts: dict[str, Any]) -> None:

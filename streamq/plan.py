@@ -12,7 +12,7 @@ import json
 import math
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -363,6 +363,8 @@ class _Builder:
                 f" {target.name} has {', '.join(target.format.TYPES)}"
             )
         rule = target.format.RULES.get(self.options.match) or target.format.RULES[None]
+        if rule.arithmetic == "source" and target.recipe.model_config.get("convert_model_dtype"):
+            rule = replace(rule, arithmetic="bf16")  # the tool to be matched would load the model so
         return Scheme(pair.type, pair, rule)
 
     def place(self, files: list[tuple[str, list[Spec]]], folder: str, mode: int) -> dict[str, Place]:

@@ -19,7 +19,7 @@ class Int8Rule:
     """What a runtime, or the tool whose bytes are to be matched, does around `q = round(w / s)`.
 
     `s = max(max(amax, amax_floor) / 127, scale_floor)`, rounded to `scale_dtype` before it is used. `arithmetic` "fp32"
-    casts the weight first; "source" does every operation in the checkpoint's own dtype.
+    and "bf16" cast weight and bias first; "source" does every operation in the checkpoint's own dtype.
     """
 
     amax_floor: float = 0.0

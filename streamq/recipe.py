@@ -91,8 +91,10 @@ class Pair:
     @property
     def type(self) -> str | None:
         """The quantization type (`w8a8`, …), or None for a pair that no runtime of streamq's has."""
-        weight = "int8" if self.weight.dtype == "int8" and self.weight.scope != "per_block" else self.weight.dtype
-        return _TYPES.get((self.act.scope if self.act.dtype != "float" else "", self.act.dtype, weight))
+        blocks = self.weight.dtype.startswith("mx")
+        if blocks != (self.weight.scope == "per_block"):
+            return None
+        return _TYPES.get((self.act.scope if self.act.dtype != "float" else "", self.act.dtype, self.weight.dtype))
 
 
 _TYPES = {
@@ -194,7 +196,8 @@ class _Reader:
                 raise self.fail(path, f"key {key!r} is {_kind(key)}, not text")
             if names is not None and key not in names:
                 full = f"{path}.{key}" if path else key
-                raise self.fail(full, f"unknown key{nearest(key, tuple(names))} (known here: {', '.join(names)})")
+                here = f"known here: {', '.join(names)}" if names else "none is known here"
+                raise self.fail(full, f"unknown key{nearest(key, tuple(names))} ({here})")
         return value
 
     def sequence(self, value: Any, path: str) -> list[Any]:
@@ -314,6 +317,8 @@ class _Reader:
             raise self.fail(f"{path}.act.symmetric", "False; per-token activations are symmetric in the runtimes")
         if pair.weight.dtype == "int8" and pair.weight.method not in ("minmax", "mse"):
             raise self.fail(f"{path}.weight.method", f"{pair.weight.method!r}; int8 weights have minmax, mse")
+        if pair.weight.method == "mse" and pair.weight.scope == "per_tensor":
+            raise self.fail(f"{path}.weight.method", "mse chooses row by row: it goes with scope per_channel")
         return pair
 
     def qconfig(self, value: Any, path: str, operand: str, default: QConfig) -> QConfig:

@@ -174,3 +174,25 @@ def test_per_tensor_weights_have_one_scale(run: Run, tmp_path: Path) -> None:
             scale = mine[name.replace("weight", "weight_scale")]
             assert torch.equal(scale, (weight.abs().max() / 127).expand_as(scale)), name
             assert torch.equal(mine[name], (weight / scale).round().to(torch.int8)), name
+
+
+def test_convert_model_dtype_matches_a_model_cast_first(run: Run, tmp_path: Path) -> None:
+    """With --match msmodelslim the setting casts the weights to bf16 before anything else; without it has no effect."""
+    source = write_tiny(tmp_path / "fp32", "t2v-1.3B", dtype="fp32")
+    cast = write_tiny(tmp_path / "bf16", "t2v-1.3B", dtype="bf16")
+    recipe = tmp_path / "recipe.yaml"
+    text = RECIPE.replace("SCOPE", "per_channel").replace("METHOD", "minmax")
+    recipe.write_text(text + "  multimodal_sd_config: {model_config: {convert_model_dtype: True}}\n")
+    plain = tmp_path / "plain.yaml"
+    plain.write_text(text)
+    match = ["--match", "msmodelslim"]
+    mine = quantize(run, source, tmp_path / "a", "--config_path", recipe, *match)
+    theirs = quantize(run, cast, tmp_path / "b", "--config_path", plain, *match)
+    without = quantize(run, source, tmp_path / "c", "--config_path", recipe)
+    fp32 = quantize(run, source, tmp_path / "d", "--config_path", plain)
+    layers = [name.removesuffix("weight") for name, tensor in mine.items() if tensor.dtype == torch.int8]
+    assert len(layers) == 20
+    for name in (layer + leaf for layer in layers for leaf in ("weight", "weight_scale", "bias")):
+        assert raw(mine[name]) == raw(theirs[name]), name
+        assert raw(without[name]) == raw(fp32[name]), name
+    assert any(raw(mine[layer + "weight"]) != raw(fp32[layer + "weight"]) for layer in layers)

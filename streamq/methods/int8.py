@@ -36,7 +36,9 @@ def quantize(weight: Tensor, bias: Tensor | None, scheme: Scheme, out: Tensor | 
     norm = torch.empty_like(lost)
     tile = CPU_TILE_BYTES if weight.device.type == "cpu" else DEVICE_TILE_BYTES
     step = max(1, tile // (4 * columns))
-    dtype = torch.float32 if rule.arithmetic == "fp32" else weight.dtype
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(rule.arithmetic, weight.dtype)
+    if bias is not None and rule.arithmetic == "bf16":
+        bias = bias.bfloat16()
     work = _Tile(min(step, rows), columns, dtype, weight.device)
     # In fp32, with a scale that is amax / 127 and no less, |w / s| stays below 127.5 by construction.
     clips = config.method == "mse" or rule.arithmetic != "fp32" or rule.scale_dtype != "F32"
