@@ -17,6 +17,7 @@ import torch
 
 from streamq.device import READER, STAGE_CHUNK, STAGE_CHUNKS
 from streamq.device.cpu import host_bytes
+from streamq.errors import UsageError
 
 
 class Accelerator:
@@ -26,9 +27,12 @@ class Accelerator:
         self.kind = kind
         self.device = torch.device(kind, index)
         self.module: Any = torch.get_device_module(self.device)
-        self.module.set_device(self.device)
-        self._inward, self._outward = self.module.Stream(self.device), self.module.Stream(self.device)
-        self._ring_in, self._ring_out = self._ring(), self._ring()
+        try:
+            self.module.set_device(self.device)
+            self._inward, self._outward = self.module.Stream(self.device), self.module.Stream(self.device)
+            self._ring_in, self._ring_out = self._ring(), self._ring()
+        except RuntimeError as error:  # busy in exclusive mode, no memory left, a limit on locked memory
+            raise UsageError(f"--device {self.device}: cannot be used ({error}); choose another device") from error
 
     def _ring(self) -> list[tuple[torch.Tensor, Any]]:
         host = torch.empty(STAGE_CHUNK * STAGE_CHUNKS, dtype=torch.uint8, pin_memory=True)
@@ -38,7 +42,7 @@ class Accelerator:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def load(self, read: READER, into: torch.Tensor) -> Any:
-        self.module.set_device(self.device)  # a thread's own setting: left alone, the reader's and the writer's is card 0
+        self.module.set_device(self.device)  # each thread has its own, card 0 at first
         with self.module.stream(self._inward):
             for number, start in enumerate(range(0, into.numel(), STAGE_CHUNK)):
                 host, copied = self._ring_in[number % STAGE_CHUNKS]

@@ -17,8 +17,9 @@ def open_npu(index: int) -> Accelerator:
             import torch_npu  # noqa: F401
         except ModuleNotFoundError as error:
             raise UsageError(f"--device npu: no module {error.name}; {_ADVICE}") from error
-        except ImportError as error:  # libhccl.so, libascendcl.so …: the wheel is there, CANN is not
-            raise UsageError(f"--device npu: torch_npu does not load ({error}): CANN is missing; {_ADVICE}") from error
+        except ImportError as error:  # libhccl.so not found: no CANN; an undefined symbol: made for another torch
+            why = "CANN is missing, or torch_npu is made for another torch"
+            raise UsageError(f"--device npu: torch_npu does not load ({error}): {why}; {_ADVICE}") from error
     count = torch.get_device_module("npu").device_count()
     if index >= count:
         raise UsageError(f"--device npu:{index}: there are {count} NPUs, counted from 0; {_ADVICE}")

@@ -28,6 +28,7 @@ DTYPE_SIZE = {
 }  # fmt: skip
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 MAX_INDEX_BYTES = 64 << 20
+MAX_DIMENSIONS = 16
 PICKLE_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle"}
 SHARD_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 
@@ -126,8 +127,10 @@ def _from_index(folder: Path, index: Path) -> Checkpoint:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UsageError(f"{index}: no `weight_map` object in it; download the index again")
     for tensor, file in weight_map.items():
-        if not isinstance(file, str) or not file:
-            raise UsageError(f"{index}: weight_map.{tensor} is {file!r}, not a file name; download the index again")
+        if not isinstance(file, str) or not 0 < len(file) < 256:
+            raise UsageError(
+                f"{index}: weight_map.{tensor} is {str(file)[:80]!r}, not a file name; download the index again"
+            )
         if os.path.isabs(file) or ".." in Path(file).parts or "\\" in file or "\0" in file:
             raise UsageError(
                 f"{index}: weight_map.{tensor} points outside the folder: {file!r}; such an index is not followed"
@@ -176,10 +179,11 @@ def read_header(path: Path, root: Path, number: int = 0) -> tuple[SourceFile, li
     if path.suffix in PICKLE_SUFFIXES:
         raise UsageError(f"{path}: a pickle ({path.suffix}), which streamq never opens: convert it to safetensors")
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its other end
+            kind = "a directory" if path.is_dir() else "a pipe or device"
+            raise UsageError(f"{path}: {kind}, not a regular file; put the weights there, or remove it")
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise UsageError(f"{path}: not a regular file")
             first = file.read(8)
             length = int.from_bytes(first, "little")
             if first[:4] in (b"PK\x03\x04", b"GGUF") or first[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04"):
@@ -219,10 +223,10 @@ def _tensor(path: Path, name: str, entry: Any, start: int, number: int) -> Tenso
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_SIZE:
         raise UsageError(f"{where}: unknown dtype {dtype!r}; known: {' '.join(DTYPE_SIZE)}")
-    if not isinstance(shape, list) or not all(type(d) is int and d >= 0 for d in shape):
-        raise UsageError(f"{where}: shape {shape!r} is not a list of sizes; download this file again")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(o) is int and o >= 0 for o in offsets):
-        raise UsageError(f"{where}: data_offsets {offsets!r} are not two positions; download this file again")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
+        raise UsageError(f"{where}: shape {str(shape)[:80]} is not a list of sizes; download this file again")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise UsageError(f"{where}: data_offsets {str(offsets)[:80]} are not two positions; download this file again")
     begin, end = offsets
     need = math.prod(shape) * DTYPE_SIZE[dtype]
     if end - begin != need:
@@ -230,6 +234,10 @@ def _tensor(path: Path, name: str, entry: Any, start: int, number: int) -> Tenso
             f"{where}: header spans {end - begin} bytes, shape {shape} {dtype} needs {need}; download this file again"
         )
     return TensorInfo(name, number, dtype, tuple(shape), start + begin, need)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63  # True is an int too, but no size
 
 
 def _check_tiling(path: Path, infos: Iterable[TensorInfo], start: int, size: int) -> None:

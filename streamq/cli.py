@@ -31,7 +31,9 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
-        known = tuple(option for action in self._actions for option in action.option_strings)
+        commands = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        parsers = [self, *(parser for action in commands for parser in action.choices.values())]
+        known = tuple({option for parser in parsers for a in parser._actions for option in a.option_strings})
         hint = nearest(unknown[1].partition("=")[0], known) if unknown else ""
         raise UsageError(f"{message}{hint}; see {self.prog} --help")
 
@@ -271,14 +273,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
-    except StreamqError as error:
-        status, message = error.status, str(error)
     except BrokenPipeError:  # `streamq inspect | head`
         sys.stderr.close()
         return 1
-    except Exception as error:  # noqa: BLE001 - a bug of ours still owes the user its one line and exit status
-        status, message = 1, f"{type(error).__name__}: {error}; this is a bug in streamq, --debug shows where"
-    if debug:
-        traceback.print_exc()
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    return status
+    except Exception as error:  # a bug of ours still owes the user its one line and exit status
+        if debug:
+            traceback.print_exc()
+        status, message = _explain(error)
+        print("error: " + " ".join(message.split()), file=sys.stderr)
+        return status
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    if isinstance(error, StreamqError):
+        return error.status, str(error)
+    return 1, f"{type(error).__name__}: {error}; this is a bug in streamq, --debug shows where"

@@ -25,7 +25,7 @@ from streamq.plan import Plan, Unit
 def warn(lines: Iterable[str]) -> None:
     """One line a warning, on stderr."""
     for line in lines:
-        print(f"warning: {line}", file=sys.stderr)
+        print("warning:", *line.split(), file=sys.stderr)
 
 
 def peak_rss() -> int:

@@ -20,12 +20,20 @@ def resolve(model_path: str, *, download: bool) -> Path:
     Raises UsageError.
     """
     path = Path(model_path).expanduser()
-    if path.exists():
-        return path
+    try:
+        if path.exists():
+            return path
+    except OSError as error:  # a name that is too long
+        raise UsageError(f"--model_path {model_path[:200]}: {error.strerror}; give another path") from error
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model_path):
         raise UsageError(f"--model_path {model_path}: no such file or folder, and not a hub id (owner/name)")
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     try:
         return Path(
@@ -33,7 +41,7 @@ def resolve(model_path: str, *, download: bool) -> Path:
                 model_path, allow_patterns=WANTED, ignore_patterns=UNWANTED, local_files_only=not download
             )
         )
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
             f"--model_path {model_path}: no such path here, and not to be had as a hub id ({reason});"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from streamq import __version__
+from streamq.checkpoint import load_json
 from streamq.errors import RunError, UsageError
 from streamq.plan import Plan, check_disk
 from streamq.savers import formats
@@ -24,6 +25,7 @@ from streamq.savers.shard import PARTIAL, Place, ShardWriter, sha256_of, sync_fo
 JOURNAL = "streamq-journal.jsonl"
 MANIFEST = "streamq.json"
 MANIFEST_MODE = 0o644
+MAX_MANIFEST_BYTES = 256 << 20
 # Where a run may have left files below its output folder, besides one folder a format.
 _SUBFOLDERS = ("high_noise_model", "low_noise_model", "transformer", "transformer_2")
 _SUFFIXES = (".safetensors", ".json", ".gguf", PARTIAL)
@@ -36,6 +38,9 @@ class Commit:
     unit: str
     tensors: dict[str, dict[str, str]] = field(default_factory=dict)
     layers: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+_COMMIT_KEYS = set(asdict(Commit("")))
 
 
 class Journal:
@@ -72,6 +77,7 @@ def open_journal(plan: Plan) -> Journal | None:
     """
     folder, options = plan.options.save_path, plan.options
     path = folder / JOURNAL
+    _check_folders(plan)
     while path.exists():
         descriptor = _lock(path)
         if descriptor is None:  # its owner finished between our two looks
@@ -104,6 +110,8 @@ def _lock(path: Path) -> int | None:
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; not a journal of streamq's, remove it") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -115,6 +123,16 @@ def _lock(path: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+def _check_folders(plan: Plan) -> None:
+    root = plan.options.save_path
+    for name in {*(file.path for file in plan.files), *(path for path, _, _ in plan.documents)}:
+        folder = (root / name).parent
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise UsageError(
+                f"{folder}: a file, where the output has a folder; remove it, or choose another --save_path"
+            )
 
 
 def _create(plan: Plan, path: Path) -> Journal:
@@ -159,13 +177,18 @@ def _read(plan: Plan, descriptor: int, path: Path) -> list[Commit] | None:
     for line in raw.splitlines(keepends=True):
         try:
             value = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
             break
         lines.append(value)
         kept += len(line)
-    if not lines:
+    if not lines:  # a run that was cut off before its first line has left nothing else either
+        others = sorted(other.name for other in path.parent.iterdir() if other != path)
+        if others:
+            raise UsageError(
+                f"{path}: not a journal of streamq's, beside {others[0]}; choose another folder, or --overwrite"
+            )
         return None
     if lines[0].get("plan") != plan.hash:
         raise UsageError(
@@ -179,10 +202,15 @@ def _read(plan: Plan, descriptor: int, path: Path) -> list[Commit] | None:
             f"{plan.source_path}: its files are not those that the unfinished run in {path.parent} was reading (their"
             " time of change differs); restore them, or start again with --no_resume"
         )
-    os.ftruncate(descriptor, kept)
-    commits = [Commit(**line) for line in lines[1:]]
+    commits = [
+        Commit(line["unit"], line["tensors"], line["layers"]) for line in lines[1:] if line.keys() == _COMMIT_KEYS
+    ]
     units = [unit.key for unit in plan.units]
-    assert [commit.unit for commit in commits] == units[: len(commits)], "the journal is not a start of its own plan"
+    if len(commits) < len(lines) - 1 or [commit.unit for commit in commits] != units[: len(commits)]:
+        raise UsageError(
+            f"{path}: damaged: its {len(lines) - 1} commits are not this plan's; start again with --no_resume"
+        )
+    os.ftruncate(descriptor, kept)
     return commits
 
 
@@ -197,16 +225,10 @@ def _finished(plan: Plan) -> bool:
             f"--save_path {folder}: not empty ({first}, …) and not an output of streamq; choose another folder, or"
             " --overwrite to discard the model files in it"
         )
-    try:
-        document = json.loads(manifest.read_bytes())
-        made_by = document["plan"]
-    except (ValueError, KeyError, TypeError) as error:
+    document = read_manifest(manifest)
+    if document["plan"] != plan.hash:
         raise UsageError(
-            f"{manifest}: not a manifest of streamq ({error}); --overwrite discards what is there"
-        ) from error
-    if made_by != plan.hash:
-        raise UsageError(
-            f"--save_path {folder}: holds another plan's finished output (plan {str(made_by)[:12]}, this one is"
+            f"--save_path {folder}: holds another plan's finished output (plan {document['plan'][:12]}, this one is"
             f" {plan.hash[:12]}); choose another folder, or --overwrite"
         )
     for name, about in document["files"].items():
@@ -228,11 +250,9 @@ def discardable(folder: Path) -> set[Path]:
     manifest = folder / MANIFEST
     if manifest.is_file():
         try:
-            listed = json.loads(manifest.read_bytes())["files"]
-            doomed |= {
-                folder / name for name in listed if ".." not in Path(name).parts and not Path(name).is_absolute()
-            }
-        except (ValueError, KeyError, TypeError):
+            listed = read_manifest(manifest)["files"]
+            doomed |= {folder / name for name in listed}
+        except UsageError:
             pass  # a broken manifest lists nothing
     places = [folder, *(folder / name for name in _SUBFOLDERS)]
     places += [folder / form / name for form in formats() for name in ("", *_SUBFOLDERS)]
@@ -265,6 +285,39 @@ def open_files(plan: Plan, journal: Journal) -> list[ShardWriter]:
         else:
             writer.create()
     return writers
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest, checked as far as its readers rely on it. Raises UsageError, also for a path out of the folder."""
+
+    def bad(what: str) -> UsageError:
+        return UsageError(f"{path}: not a manifest of streamq's: {what}; make the folder anew with --overwrite")
+
+    try:
+        document = load_json(path, MAX_MANIFEST_BYTES)
+    except UsageError as error:
+        raise bad(str(error)) from error
+    if not isinstance(document, dict) or not isinstance(document.get("plan"), str):
+        raise bad("no plan in it")
+    files, made = document.get("files"), document.get("formats")
+    if not isinstance(files, dict) or not isinstance(made, dict):
+        raise bad("no files or no formats in it")
+    for name, about in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise bad(f"{name!r} lies outside the folder")
+        if (
+            not isinstance(about, dict)
+            or not isinstance(about.get("bytes"), int)
+            or not isinstance(about.get("sha256"), str)
+        ):
+            raise bad(f"{name!r} without bytes and sha256")
+        if not isinstance(about.get("tensors", {}), dict):
+            raise bad(f"{name!r} with tensors that are no object")
+    for name, about in made.items():
+        layers = about.get("layers") if isinstance(about, dict) else None
+        if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()):
+            raise bad(f"format {name!r} without layers")
+    return document
 
 
 def write_manifest(plan: Plan, commits: list[Commit], hashes: dict[str, str]) -> dict[str, Any]:

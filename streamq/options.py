@@ -46,7 +46,7 @@ class QuantOptions:
 
 def parse_size(text: str, option: str) -> int:
     """`"5GB"` -> 5_000_000_000, `"4GiB"` -> 4 << 30, a bare number is bytes. Raises UsageError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]*)\s*", text)
     if not match or match[2].upper() not in _UNITS:
         raise UsageError(f"{option} {text}: not a size; write e.g. 5GB (powers of 1000) or 4GiB (powers of 1024)")
     size = int(float(match[1]) * _UNITS[match[2].upper()])

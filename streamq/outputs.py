@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from streamq import hub, wan
-from streamq.checkpoint import Checkpoint, SourceFile, TensorInfo, load_json, read_header
+from streamq.checkpoint import Checkpoint, SourceFile, TensorInfo, read_header
 from streamq.errors import UsageError
-from streamq.journal import MANIFEST
+from streamq.journal import MANIFEST, read_manifest
 from streamq.savers import Format, formats
-
-MAX_MANIFEST_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -61,10 +59,7 @@ def manifest(path: Path) -> dict[str, Any] | None:
     file = path / MANIFEST
     if not file.is_file():
         return None
-    document = load_json(file, MAX_MANIFEST_BYTES)
-    if not isinstance(document, dict) or not isinstance(document.get("files"), dict) or "plan" not in document:
-        raise UsageError(f"{file}: not a manifest of streamq; make the folder anew with --overwrite")
-    return document
+    return read_manifest(file)
 
 
 def inspect(text: str) -> dict[str, Any]:

@@ -149,20 +149,23 @@ def _quantize(step: Step, memory: torch.Tensor, work: _Work, commit: Commit) -> 
                     raise _damaged(info, work)
         layer = made[output.scheme]
         commit.layers.setdefault(target.name, {})[step.label] = float(f"{layer.rel_error:.6g}")
-        found += zip(output.places, target.format.encode(layer), strict=True)
+        found += zip(output.places, [t.contiguous() for t in target.format.encode(layer)], strict=True)
     return found
 
 
 def _damaged(info: TensorInfo, work: _Work) -> RunError:
     where = work.part.expert.model.checkpoint.where(info)
-    return RunError(f"{where}: NaN or Inf in it; the source is damaged: download it again, then run the same command")
+    return RunError(
+        f"{where}: NaN or Inf in it; the source is damaged: download it again, then run the same command with"
+        " --no_resume"
+    )
 
 
 def _write(tensors: list[tuple[Place, torch.Tensor]], token: Any, work: _Work, commit: Commit, arena: Arena) -> None:
     for place, tensor in tensors:
         writer = work.writers[place.file]
         writer.begin(place)
-        for view in work.device.store(tensor.contiguous(), token):
+        for view in work.device.store(tensor, token):
             writer.append(view, work.hasher.start)
         commit.tensors.setdefault(writer.file.path, {})[place.name] = writer.end()
     arena.give_back()

@@ -193,7 +193,12 @@ def make_plan(options: QuantOptions, *, download: bool) -> Plan:
     Raises UsageError for everything that would make the run fail or its result useless, as far as headers can tell.
     """
     source_path = hub.resolve(options.model_path, download=download)
-    _check_paths(source_path, options.save_path)
+    try:
+        _check_paths(source_path, options.save_path)
+    except OSError as error:  # a name that is too long, links in a circle
+        raise UsageError(
+            f"--save_path {str(options.save_path)[:200]}: {error.strerror}; give another folder"
+        ) from error
     kind = kind_of(options.device)
     experts = wan.open_model(source_path)
     wan.check_model_type(options.model_type, experts)
@@ -243,8 +248,9 @@ def _check_paths(source: Path, save_path: Path) -> None:
             raise UsageError(
                 f"--save_path {save_path}: lies {relation} --model_path {source}; choose a folder beside it"
             )
-    if save_path.exists() and not save_path.is_dir():
-        raise UsageError(f"--save_path {save_path}: a file; give a folder")
+    if os.path.lexists(save_path) and not save_path.is_dir():
+        kind = "a link to nowhere" if save_path.is_symlink() else "a file"
+        raise UsageError(f"--save_path {save_path}: {kind}; give a folder")
     parent = _existing_parent(save_path)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UsageError(f"--save_path {save_path}: {parent} cannot be written to; check its permissions")

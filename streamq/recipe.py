@@ -143,15 +143,21 @@ class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key that stands twice in one mapping (plain YAML keeps the last one silently)."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        checked = self.__dict__.setdefault("_checked", set())
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key, _ in node.value if id(node) not in checked else ():  # flattening adds merged keys: look before it
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(
                         None, None, f"key {key.value!r} stands twice in one mapping", key.start_mark
                     )
                 seen.add(key.value)
+        checked.add(id(node))
         super().flatten_mapping(node)
+        # Later pairs win. Without this, merges of merges grow without bound.
+        node.value = list(
+            {k.value if isinstance(k, yaml.ScalarNode) else id(k): (k, v) for k, v in node.value}.values()
+        )
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -171,7 +177,8 @@ def parse_recipe(text: str, name: str, where: str) -> Recipe:
     """Parse and check a recipe's text; `where` starts every message. Raises UsageError."""
     try:
         document = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError) as error:
+        # The latter are what PyYAML itself raises for e.g. `!!timestamp soon` or `!!int ''`.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"{where}: not a readable recipe: {reason}") from error
     return _Reader(where).recipe(document, name)
@@ -200,6 +207,9 @@ class _Reader:
                 raise self.fail(full, f"unknown key{nearest(key, tuple(names))} ({here})")
         return value
 
+    def optional(self, value: Any, path: str, known: Iterable[str] | None) -> dict[str, Any]:
+        return {} if value is None else self.mapping(value, path, known)
+
     def sequence(self, value: Any, path: str) -> list[Any]:
         if not isinstance(value, list):
             raise self.fail(path, f"{_kind(value)} where a list belongs")
@@ -222,7 +232,7 @@ class _Reader:
                     f" {MAX_PATTERN_STARS}",
                 )
             try:
-                _expand(pattern)
+                _regexes(pattern)
             except bracex.ExpansionLimitException as error:
                 raise self.fail(f"{path}.{i}", f"{pattern!r} stands for more than {MAX_EXPANSIONS} patterns") from error
         return tuple(value)
@@ -246,7 +256,7 @@ class _Reader:
         steps = self.sequence(spec["process"], "spec.process")
         process = tuple(self.step(step, f"spec.process.{i}") for i, step in enumerate(steps))
         form, part_file_size = self.save(spec.get("save"))
-        model_config = self.multimodal(spec.get("multimodal_sd_config") or {})
+        model_config = self.multimodal(spec.get("multimodal_sd_config"))
         kept: dict[str, Any] = {key: _plain(top[key]) for key in ("apiversion", "metadata", "spec") if key in top}
         return Recipe(name, process, form, part_file_size, model_config, kept, tuple(self.warnings))
 
@@ -267,7 +277,7 @@ class _Reader:
         if not isinstance(value, dict):
             raise self.fail(path, f"{_kind(value)} where a mapping with `type` belongs")
         kind = value.get("type")
-        if kind in LATER_KINDS:
+        if isinstance(kind, str) and kind in LATER_KINDS:
             raise self.fail(f"{path}.type", f"{kind} {LATER_KINDS[kind]}; supported: {', '.join(PROCESS_KINDS)}")
         if not isinstance(kind, str) or kind not in PROCESS_KINDS:
             close = nearest(str(kind), tuple(PROCESS_KINDS))
@@ -317,8 +327,6 @@ class _Reader:
             raise self.fail(f"{path}.act.symmetric", "False; per-token activations are symmetric in the runtimes")
         if pair.weight.dtype == "int8" and pair.weight.method not in ("minmax", "mse"):
             raise self.fail(f"{path}.weight.method", f"{pair.weight.method!r}; int8 weights have minmax, mse")
-        if pair.weight.method == "mse" and pair.weight.scope == "per_tensor":
-            raise self.fail(f"{path}.weight.method", "mse chooses row by row: it goes with scope per_channel")
         return pair
 
     def qconfig(self, value: Any, path: str, operand: str, default: QConfig) -> QConfig:
@@ -330,7 +338,7 @@ class _Reader:
                 self.word(given[key], f"{path}.{key}", QCONFIG_VALUES[f"{operand}.{key}"])
         if not isinstance(given.get("symmetric", True), bool):
             raise self.fail(f"{path}.symmetric", f"{given['symmetric']!r} is not True or False")
-        ext = self.mapping(given.get("ext") or {}, f"{path}.ext", ())
+        ext = self.optional(given.get("ext"), f"{path}.ext", ())
         changes: dict[str, Any] = {k: given[k] for k in ("scope", "dtype", "symmetric", "method") if k in given}
         if "ext" in given:
             changes["ext"] = tuple(sorted(ext.items()))
@@ -351,10 +359,10 @@ class _Reader:
 
     def multimodal(self, value: Any) -> dict[str, Any]:
         path = "spec.multimodal_sd_config"
-        item = self.mapping(value, path, ("dump_config", "inference_config", "model_config"))
+        item = self.optional(value, path, ("dump_config", "inference_config", "model_config"))
         if "inference_config" in item and "model_config" in item:
             raise self.fail(f"{path}.model_config", "given beside inference_config, its new name; keep one of them")
-        dump = self.mapping(item.get("dump_config") or {}, f"{path}.dump_config",
+        dump = self.optional(item.get("dump_config"), f"{path}.dump_config",
                             ("enable_dump", "capture_mode", "dump_data_dir"))  # fmt: skip
         if dump.get("capture_mode", "args") != "args":
             raise self.fail(f"{path}.dump_config.capture_mode", f"{dump['capture_mode']!r}; only 'args' exists")
@@ -363,7 +371,7 @@ class _Reader:
         if not isinstance(dump.get("dump_data_dir") or "", str):
             raise self.fail(f"{path}.dump_config.dump_data_dir", f"{dump['dump_data_dir']!r} is not a path")
         name = "inference_config" if "inference_config" in item else "model_config"
-        config = self.mapping(item.get(name) or {}, f"{path}.{name}", None)
+        config = self.optional(item.get(name), f"{path}.{name}", None)
         for key, given in config.items():
             if key not in MODEL_CONFIG_KEYS:
                 close = nearest(key, tuple(MODEL_CONFIG_KEYS))
@@ -381,9 +389,12 @@ def _plain(value: Any) -> Any:
     """The same value as JSON has it: YAML also knows dates, sets and keys that are not text."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set)):
+    if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+    if isinstance(value, set):
+        return sorted(str(item) for item in value)
+    finite = not isinstance(value, float) or math.isfinite(value)
+    return value if finite and isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
 def _kind(value: Any) -> str:
@@ -393,12 +404,13 @@ def _kind(value: Any) -> str:
 
 def matches(name: str, pattern: str) -> bool:
     """msModelSlim's rule: equal, or `wcmatch.fnmatch` with braces. `*` crosses dots, case matters, whole names only."""
-    return name == pattern or fnmatch.fnmatch(name, _expand(pattern), flags=fnmatch.CASE)
+    return name == pattern or any(regex.fullmatch(name) for regex in _regexes(pattern))
 
 
 @lru_cache(maxsize=1000)
-def _expand(pattern: str) -> list[str]:
-    return bracex.expand(pattern, keep_escapes=True, limit=MAX_EXPANSIONS)
+def _regexes(pattern: str) -> list[re.Pattern[str]]:
+    expanded = bracex.expand(pattern, keep_escapes=True, limit=MAX_EXPANSIONS)
+    return [re.compile(text) for text in fnmatch.translate(expanded, flags=fnmatch.CASE)[0]]
 
 
 def resolve(recipe: Recipe, layers: Iterable[str]) -> tuple[dict[str, Pair | None], list[str]]:

@@ -53,7 +53,8 @@ _TOP = {
 }
 _BLOCK_BACK = {diffusers: native for native, diffusers in _BLOCK.items()}
 _TOP_BACK = {diffusers: native for native, diffusers in _TOP.items()}
-_NAME = re.compile(r"(?P<block>(?:vace_)?blocks\.\d+\.)?(?P<module>.+?)(?P<leaf>\.(?:weight|bias))?")
+_BLOCK_NUMBER = r"(?:vace_)?blocks\.(?:0|[1-9]\d{0,5})"
+_NAME = re.compile(rf"(?P<block>{_BLOCK_NUMBER}\.)?(?P<module>.*?)(?P<leaf>\.(?:weight|bias))?", re.DOTALL)
 
 # The linear layers that every block has, by diffusers name, in module order.
 BLOCK_LINEARS = (
@@ -67,11 +68,26 @@ _BLOCK_ORDER = (
     "attn2.norm_q", "attn2.norm_k", "attn2.add_k_proj", "attn2.add_v_proj", "attn2.norm_added_k",
     *BLOCK_LINEARS[8:], "proj_in", "proj_out",
 )  # fmt: skip
-_REQUIRED_TOP = [
-    f"{module}.weight"
-    for module in ("patch_embedding", "proj_out", *(_TOP[f"text_embedding.{i}"] for i in (0, 2)),
-                   *(_TOP[f"time_embedding.{i}"] for i in (0, 2)), _TOP["time_projection.1"])
-]  # fmt: skip
+# What every Wan has, outside blocks and in each, with its shape; D: width, F: width of the FFN, *: any size.
+_OUTSIDE: dict[str, tuple[object, ...]] = {
+    "patch_embedding.weight": ("D", "*", 1, 2, 2),
+    "condition_embedder.text_embedder.linear_1.weight": ("D", "*"),
+    "condition_embedder.text_embedder.linear_2.weight": ("D", "D"),
+    "condition_embedder.time_embedder.linear_1.weight": ("D", "*"),
+    "condition_embedder.time_embedder.linear_2.weight": ("D", "D"),
+    "condition_embedder.time_proj.weight": ("6D", "D"),
+    "scale_shift_table": (1, 2, "D"),
+    "proj_out.weight": ("*", "D"),
+}
+_INSIDE: dict[str, tuple[object, ...]] = {
+    **{f"{layer}.weight": ("D", "D") for layer in BLOCK_LINEARS[:8] + OPTIONAL_LINEARS},
+    "ffn.net.0.proj.weight": ("F", "D"),
+    "ffn.net.2.weight": ("D", "F"),
+    "scale_shift_table": (1, 6, "D"),
+    **{f"{attn}.{norm}.weight": ("D",) for attn in ("attn1", "attn2") for norm in ("norm_q", "norm_k")},
+    "norm2.weight": ("D",),
+    "norm2.bias": ("D",),
+}
 # Tensors that only an already quantized checkpoint has.
 _QUANTIZED_NAME = re.compile(
     r".*\.(weight_scale|scale_weight|scale_input|input_scale|weight_offset|comfy_quant|deq_scale|quant_bias|qweight)$"
@@ -108,7 +124,7 @@ def to_native(diffusers: str) -> str:
 
 def block_of(name: str) -> str | None:
     """`"blocks.3"` for anything inside that block (`"vace_blocks.0"` likewise), None for the rest."""
-    match = re.match(r"((?:vace_)?blocks\.\d+)\.", name)
+    match = re.match(rf"({_BLOCK_NUMBER})\.", name)
     return match[1] if match else None
 
 
@@ -221,9 +237,10 @@ def describe(checkpoint: Checkpoint, *, quantized: bool = False) -> Model:
         if quantized and _QUANTIZED_NAME.match(stored):
             continue
         if not quantized and (info.dtype not in FLOAT_DTYPES or _QUANTIZED_NAME.match(stored)):
+            why = "" if info.dtype in ("F64", "I64") else ", so the source is quantized already"
             raise UsageError(
-                f"{checkpoint.where(info)}: dtype {info.dtype}, so the source is quantized already;"
-                " streamq reads F32, BF16 and F16 checkpoints: give the float original"
+                f"{checkpoint.where(info)}: dtype {info.dtype}{why}; streamq reads F32, BF16 and F16 checkpoints:"
+                " give the float original"
             )
         if not stored.startswith(prefix):
             raise UsageError(f"{checkpoint.where(info)}: lacks the prefix {prefix!r} of the others; not one Wan model")
@@ -237,13 +254,7 @@ def describe(checkpoint: Checkpoint, *, quantized: bool = False) -> Model:
         tensors[name] = info
     n_blocks, n_vace = _count_blocks(checkpoint, tensors)
     _check_blocks(checkpoint, tensors, n_blocks, n_vace)
-    for name in _REQUIRED_TOP:
-        if name not in tensors:
-            raise UsageError(
-                f"{checkpoint.root}: {to_native(name) if layout == 'native' else name} is missing; not a complete Wan"
-                " transformer: download it again"
-            )
-    dim, in_channels, out_channels, ffn_dim = _sizes(checkpoint, tensors)
+    dim, in_channels, out_channels, ffn_dim = _sizes(checkpoint, tensors, layout)
     family = _family(tensors, in_channels, out_channels)
     if family == "animate" and layout == "diffusers":
         raise UsageError(f"{checkpoint.root}: Wan2.2-Animate under diffusers names; give the native checkpoint")
@@ -280,7 +291,13 @@ def _inside(name: str, layout: str, warnings: list[str]) -> str | None:
 def _count_blocks(checkpoint: Checkpoint, tensors: dict[str, TensorInfo]) -> tuple[int, int]:
     counts = []
     for kind in ("blocks", "vace_blocks"):
-        numbers = {int(m[1]) for m in (re.match(rf"{kind}\.(\d+)\.", name) for name in tensors) if m}
+        named = {name: block_of(name) for name in tensors if name.startswith(f"{kind}.")}
+        for name, block in named.items():
+            if block is None:
+                raise UsageError(
+                    f"{checkpoint.where(tensors[name])}: not a block number that Wan has; not one Wan model"
+                )
+        numbers = {int(block.partition(".")[2]) for block in named.values() if block}
         for i in range(len(numbers)):
             if i not in numbers:
                 raise UsageError(
@@ -313,39 +330,54 @@ def _check_blocks(checkpoint: Checkpoint, tensors: dict[str, TensorInfo], n_bloc
                         f"{checkpoint.where(info)}: shape {list(info.shape)}, block 0 has {list(first[inner].shape)};"
                         " every block of a Wan model has block 0's shapes: download it again"
                     )
-        if count:
-            _check_linears(checkpoint, parts[f"{kind}.0"], f"{kind}.0")
 
 
-def _check_linears(checkpoint: Checkpoint, block: dict[str, TensorInfo], where: str) -> None:
-    for layer in BLOCK_LINEARS:
-        if f"{layer}.weight" not in block:
-            raise UsageError(f"{checkpoint.root}: {where}.{layer}.weight is missing; not a complete Wan block")
-    query = block["attn1.to_q.weight"]
-    dim = query.shape[0] if query.shape else 0
-    ffn = block["ffn.net.0.proj.weight"].shape[0] if block["ffn.net.0.proj.weight"].shape else 0
-    for layer in BLOCK_LINEARS + OPTIONAL_LINEARS:
-        if f"{layer}.weight" not in block:
-            continue
-        expected = {"ffn.net.0.proj": (ffn, dim), "ffn.net.2": (dim, ffn)}.get(layer, (dim, dim))
-        weight, bias = block[f"{layer}.weight"], block.get(f"{layer}.bias")
-        if weight.shape != expected or 0 in expected:
-            raise UsageError(f"{checkpoint.where(weight)}: shape {list(weight.shape)}, Wan needs {list(expected)} here")
-        if bias is not None and bias.shape != expected[:1]:
-            raise UsageError(f"{checkpoint.where(bias)}: shape {list(bias.shape)}, Wan needs {[expected[0]]} here")
+def _check_shapes(
+    checkpoint: Checkpoint, tensors: dict[str, TensorInfo], table: dict[str, tuple[object, ...]], sizes: dict[str, int],
+    where: str, layout: str,
+) -> None:  # fmt: skip
+    """Raise UsageError for a tensor of the table that is missing or has another shape. Biases go by their weights."""
+    for name, symbols in table.items():
+        shape = tuple(sizes.get(str(symbol), symbol) for symbol in symbols)
+        info, bias = tensors.get(name), tensors.get(name.removesuffix(".weight") + ".bias")
+        if info is None:
+            if where and name.removesuffix(".weight") in OPTIONAL_LINEARS:
+                continue
+            called = to_native(where + name) if layout == "native" else where + name
+            raise UsageError(
+                f"{checkpoint.root}: {called} is missing; not a complete Wan transformer: download it again"
+            )
+        if len(info.shape) != len(shape) or any(
+            w not in ("*", d) or d == 0 for d, w in zip(info.shape, shape, strict=True)
+        ):
+            raise UsageError(f"{checkpoint.where(info)}: shape {list(info.shape)}, Wan needs {_spelt(shape)} here")
+        if bias is not None and name.endswith(".weight") and bias.shape != info.shape[:1]:
+            raise UsageError(f"{checkpoint.where(bias)}: shape {list(bias.shape)}, Wan needs {[info.shape[0]]} here")
 
 
-def _sizes(checkpoint: Checkpoint, tensors: dict[str, TensorInfo]) -> tuple[int, int, int, int]:
-    patch, head = tensors["patch_embedding.weight"], tensors["proj_out.weight"]
-    ffn_dim, dim = tensors["blocks.0.ffn.net.0.proj.weight"].shape
-    if len(patch.shape) != 5 or patch.shape[0] != dim or patch.shape[2:] != (1, 2, 2):
-        raise UsageError(f"{checkpoint.where(patch)}: shape {list(patch.shape)}, Wan needs [{dim}, channels, 1, 2, 2]")
-    if len(head.shape) != 2 or head.shape[1] != dim or head.shape[0] % 4:
+def _spelt(shape: tuple[object, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def _sizes(checkpoint: Checkpoint, tensors: dict[str, TensorInfo], layout: str) -> tuple[int, int, int, int]:
+    """(width, channels in, channels out, width of the FFN), once every shape that follows from them is checked."""
+    for name in ("attn1.to_q.weight", "ffn.net.0.proj.weight"):
+        info = tensors.get(f"blocks.0.{name}")
+        if info is not None and len(info.shape) != 2:
+            raise UsageError(f"{checkpoint.where(info)}: shape {list(info.shape)}, Wan needs a matrix here")
+    ffn = tensors.get("blocks.0.ffn.net.0.proj.weight")
+    dim = tensors["blocks.0.attn1.to_q.weight"].shape[0]
+    sizes = {"D": dim, "6D": 6 * dim, "F": ffn.shape[0] if ffn else 0}
+    for kind in ("blocks", "vace_blocks"):
+        prefix = f"{kind}.0."
+        inside = {name.removeprefix(prefix): info for name, info in tensors.items() if name.startswith(prefix)}
+        if inside:
+            _check_shapes(checkpoint, inside, _INSIDE, sizes, prefix, layout)
+    _check_shapes(checkpoint, tensors, _OUTSIDE, sizes, "", layout)
+    head = tensors["proj_out.weight"]
+    if head.shape[0] % 4:
         raise UsageError(f"{checkpoint.where(head)}: shape {list(head.shape)}, Wan needs [4·channels, {dim}]")
-    time = tensors[_TOP["time_embedding.0"] + ".weight"]
-    if len(time.shape) != 2 or time.shape[0] != dim:
-        raise UsageError(f"{checkpoint.where(time)}: shape {list(time.shape)}, Wan needs [{dim}, frequencies]")
-    return dim, patch.shape[1], head.shape[0] // 4, ffn_dim
+    return dim, tensors["patch_embedding.weight"].shape[1], head.shape[0] // 4, sizes["F"]
 
 
 def _family(tensors: dict[str, TensorInfo], in_channels: int, out_channels: int) -> str:

@@ -4,7 +4,8 @@
 
 True division, as in msModelSlim and LightX2V (multiplying by the reciprocal differs in 5e-7 of the codes). A large
 matrix goes through in tiles of rows that stay in the processor's cache, with `out=` everywhere: on a CPU fresh
-temporaries cost more than the arithmetic. A row's result does not depend on its tile, nor on the device.
+temporaries cost more than the arithmetic. A row's result does not depend on its tile; nor, with `minmax`, on the device
+(`mse` compares sums, whose last bit may differ from device to device).
 """
 
 from __future__ import annotations
@@ -42,12 +43,14 @@ def quantize(weight: Tensor, bias: Tensor | None, scheme: Scheme, out: Tensor | 
     work = _Tile(min(step, rows), columns, dtype, weight.device)
     # In fp32, with a scale that is amax / 127 and no less, |w / s| stays below 127.5 by construction.
     clips = config.method == "mse" or rule.arithmetic != "fp32" or rule.scale_dtype != "F32"
-    whole = _amax(weight, step) if config.scope == "per_tensor" else None
+    whole = _amax(weight, step).to(dtype) if config.scope == "per_tensor" else None
+    if whole is not None and config.method == "mse":
+        whole = _mse_whole(weight, whole, rule, work, step)
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         w = work.cast(weight[part])
-        amax = work.row_amax(w) if whole is None else whole.to(dtype).expand(w.shape[0], 1)
-        if config.method == "mse":
+        amax = work.row_amax(w) if whole is None else whole.expand(w.shape[0], 1)
+        if config.method == "mse" and whole is None:
             amax = _mse_amax(w, amax, rule, work)
         scale = _scale(amax, rule)
         q = torch.div(w, scale, out=work.q[: w.shape[0]]).round_()
@@ -58,9 +61,10 @@ def quantize(weight: Tensor, bias: Tensor | None, scheme: Scheme, out: Tensor | 
         work.errors(q, scales[part], w, lost[part], norm[part])
     if not torch.isfinite(lost).all():  # squares beyond fp32: once more, in double
         for start in range(0, rows, step):
-            w, q = (t[start : start + step].double() for t in (weight, codes))
-            lost[start : start + step] = (w - q * scales[start : start + step]).norm(dim=1)
-            norm[start : start + step] = w.norm(dim=1)
+            # On the host: an accelerator may have no fp64, and this happens to no sane weight.
+            w, q, s = (t[start : start + step].cpu().double() for t in (weight, codes, scales))
+            lost[start : start + step] = (w - q * s).norm(dim=1).to(lost.device)
+            norm[start : start + step] = w.norm(dim=1).to(lost.device)
     return QuantizedLinear(scheme, codes, scales, bias, weight.dtype, _relative(lost, norm))
 
 
@@ -115,15 +119,36 @@ def _mse_amax(w: Tensor, amax: Tensor, rule: Int8Rule, work: _Tile) -> Tensor:
     lost, norm = (torch.empty(w.shape[0], dtype=torch.float32, device=w.device) for _ in range(2))
     for ratio in MSE_RATIOS:
         candidate = amax * ratio
-        scale = _scale(candidate, rule)
-        q = torch.div(w, scale, out=work.q[: w.shape[0]]).round_().clamp_(rule.qmin, QMAX)
-        work.errors(q, scale.float(), w, lost, norm)
+        _try(w, candidate, rule, work, lost, norm)
         better = lost.unsqueeze(1) < best
         best = torch.where(better, lost.unsqueeze(1), best)
         chosen = torch.where(better, candidate, chosen)
     return torch.where(amax.isfinite(), chosen, amax)
 
 
+def _mse_whole(weight: Tensor, amax: Tensor, rule: Int8Rule, work: _Tile, step: int) -> Tensor:
+    """The same for one scale for the whole matrix; amax is [1, 1]."""
+    best, chosen = float("inf"), amax
+    lost, norm = (torch.empty(step, dtype=torch.float32, device=weight.device) for _ in range(2))
+    for ratio in MSE_RATIOS:
+        candidate, total = amax * ratio, 0.0
+        for part in weight.split(step):
+            w, count = work.cast(part), part.shape[0]
+            _try(w, candidate, rule, work, lost[:count], norm[:count])
+            total += float(lost[:count].cpu().double().square().sum())
+        if total < best:
+            best, chosen = total, candidate
+    return chosen
+
+
+def _try(w: Tensor, amax: Tensor, rule: Int8Rule, work: _Tile, lost: Tensor, norm: Tensor) -> None:
+    """Row errors of a tile, clipped at amax ([rows, 1] or [1, 1])."""
+    scale = _scale(amax, rule)
+    q = torch.div(w, scale, out=work.q[: w.shape[0]]).round_().clamp_(rule.qmin, QMAX)
+    work.errors(q, scale.float(), w, lost, norm)
+
+
 def _relative(lost: Tensor, norm: Tensor) -> float:
-    total = norm.double().square().sum().sqrt().item()
-    return lost.double().square().sum().sqrt().item() / total if total else 0.0
+    lost, norm = lost.cpu().double(), norm.cpu().double()
+    total = norm.square().sum().sqrt().item()
+    return lost.square().sum().sqrt().item() / total if total else 0.0
