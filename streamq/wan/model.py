@@ -1,11 +1,10 @@
-"""What streamq knows of Wan: families, both name styles, shapes, layers, and where experts lie.
+"""Which Wan a checkpoint holds: family, sizes, layers, experts; read off tensor names and shapes alone.
 
-Everything is read off tensor names and shapes, never off a file name or a config alone. Inside streamq a tensor goes by
-its diffusers name; native names exist at the two doors, the checkpoint and the savers. A module that diffusers has no
-name for (S2V's and Animate's extra encoders) keeps its native name.
+Inside streamq a tensor goes by its diffusers name; native names exist at the two doors, the checkpoint and the savers.
+A module that diffusers has no name for (S2V's and Animate's extra encoders) keeps its native name.
 
-Names and shapes: Wan-Video/Wan2.1 and Wan2.2 `wan/modules/model.py`, huggingface/diffusers `transformer_wan.py`,
-`transformer_wan_vace.py` and `scripts/convert_wan_to_diffusers.py`.
+Shapes: Wan-Video/Wan2.1 and Wan2.2 `wan/modules/model.py`, huggingface/diffusers `transformer_wan.py`,
+`transformer_wan_vace.py`.
 """
 
 from __future__ import annotations
@@ -18,56 +17,24 @@ from typing import Any
 
 from streamq.checkpoint import Checkpoint, TensorInfo, load_json, open_checkpoint
 from streamq.errors import UsageError, nearest
+from streamq.wan.names import (
+    BLOCK_BACK,
+    BLOCK_LINEARS,
+    BLOCK_ORDER,
+    OPTIONAL_LINEARS,
+    TOP,
+    TOP_BACK,
+    block_of,
+    rename,
+    to_diffusers,
+    to_native,
+)
 
 HEAD_DIM = 128  # every released Wan
 COMFYUI_PREFIX = "model.diffusion_model."
 FLOAT_DTYPES = {"F32", "BF16", "F16"}
 MAX_CONFIG_BYTES = 4 << 20
 
-_ATTENTION = {
-    "q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k",
-    "k_img": "add_k_proj", "v_img": "add_v_proj", "norm_k_img": "norm_added_k",
-}  # fmt: skip
-# Module inside a block, native -> diffusers. Mind norm3: native norm3 is diffusers norm2 (the others have no tensors).
-_BLOCK = {
-    **{f"self_attn.{native}": f"attn1.{diffusers}" for native, diffusers in _ATTENTION.items()},
-    **{f"cross_attn.{native}": f"attn2.{diffusers}" for native, diffusers in _ATTENTION.items()},
-    "norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2", "modulation": "scale_shift_table",
-    "before_proj": "proj_in", "after_proj": "proj_out",
-}  # fmt: skip
-_TOP = {
-    "patch_embedding": "patch_embedding",
-    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj",
-    "head.modulation": "scale_shift_table",
-    "head.head": "proj_out",
-    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
-    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
-    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
-    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
-    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
-    "vace_patch_embedding": "vace_patch_embedding",
-}
-_BLOCK_BACK = {diffusers: native for native, diffusers in _BLOCK.items()}
-_TOP_BACK = {diffusers: native for native, diffusers in _TOP.items()}
-_BLOCK_NUMBER = r"(?:vace_)?blocks\.(?:0|[1-9]\d{0,5})"
-_NAME = re.compile(rf"(?P<block>{_BLOCK_NUMBER}\.)?(?P<module>.*?)(?P<leaf>\.(?:weight|bias))?", re.DOTALL)
-
-# The linear layers that every block has, by diffusers name, in module order.
-BLOCK_LINEARS = (
-    "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0",
-    "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0",
-    "ffn.net.0.proj", "ffn.net.2",
-)  # fmt: skip
-OPTIONAL_LINEARS = ("attn2.add_k_proj", "attn2.add_v_proj", "proj_in", "proj_out")
-_BLOCK_ORDER = (
-    "scale_shift_table", *BLOCK_LINEARS[:4], "attn1.norm_q", "attn1.norm_k", "norm2", *BLOCK_LINEARS[4:8],
-    "attn2.norm_q", "attn2.norm_k", "attn2.add_k_proj", "attn2.add_v_proj", "attn2.norm_added_k",
-    *BLOCK_LINEARS[8:], "proj_in", "proj_out",
-)  # fmt: skip
 # What every Wan has, outside blocks and in each, with its shape; D: width, F: width of the FFN, *: any size.
 _OUTSIDE: dict[str, tuple[object, ...]] = {
     "patch_embedding.weight": ("D", "*", 1, 2, 2),
@@ -103,34 +70,6 @@ MODEL_TYPES: dict[str, tuple[str, frozenset[str]]] = {
     "Wan2.2-I2V-A14B": ("Wan2_2", frozenset({"i2v"})),
     "Wan2.2-TI2V-5B": ("Wan2_2", frozenset({"ti2v"})),
 }
-
-
-def _rename(name: str, block: dict[str, str], top: dict[str, str]) -> str | None:
-    match = _NAME.fullmatch(name)
-    assert match is not None
-    module = (block if match["block"] else top).get(match["module"])
-    return None if module is None else f"{match['block'] or ''}{module}{match['leaf'] or ''}"
-
-
-def to_diffusers(native: str) -> str | None:
-    """Diffusers name of a native tensor or module name; None where diffusers has none."""
-    return _rename(native, _BLOCK, _TOP)
-
-
-def to_native(diffusers: str) -> str:
-    """Native name of a tensor or module that goes by its diffusers name inside; unknown names stay as they are."""
-    return _rename(diffusers, _BLOCK_BACK, _TOP_BACK) or diffusers
-
-
-def block_of(name: str) -> str | None:
-    """`"blocks.3"` for anything inside that block (`"vace_blocks.0"` likewise), None for the rest."""
-    match = re.match(rf"({_BLOCK_NUMBER})\.", name)
-    return match[1] if match else None
-
-
-def unit_of(name: str) -> str:
-    """What is committed together: the tensor's block, or `"rest"` for everything outside blocks."""
-    return block_of(name + ".") or "rest"
 
 
 @dataclass(frozen=True)
@@ -283,7 +222,7 @@ def _inside(name: str, layout: str, warnings: list[str]) -> str | None:
     if name.endswith(".norm_added_q.weight"):  # in some diffusers files; diffusers itself does not load it
         warnings.append(f"{name} is left out: no Wan runtime reads it")
         return None
-    if _rename(name, _BLOCK_BACK, _TOP_BACK) is None:
+    if rename(name, BLOCK_BACK, TOP_BACK) is None:
         warnings.append(f"{name} has no native name: it is written under this one")
     return name
 
@@ -385,7 +324,7 @@ def _family(tensors: dict[str, TensorInfo], in_channels: int, out_channels: int)
         return "s2v"
     if any(name.startswith("face_adapter.") for name in tensors):
         return "animate"
-    if _TOP["img_emb.emb_pos"] in tensors:
+    if TOP["img_emb.emb_pos"] in tensors:
         return "flf2v"
     if "vace_patch_embedding.weight" in tensors:
         return "vace"
@@ -398,8 +337,8 @@ def _family(tensors: dict[str, TensorInfo], in_channels: int, out_channels: int)
 
 def _model_order(tensors: dict[str, TensorInfo], n_blocks: int, n_vace: int) -> list[str]:
     """The native modules' own order, which msModelSlim's files have: blocks, VACE blocks, then the rest."""
-    inside = {module: i for i, module in enumerate(_BLOCK_ORDER)}
-    outside = {module: i for i, module in enumerate(_TOP.values())}
+    inside = {module: i for i, module in enumerate(BLOCK_ORDER)}
+    outside = {module: i for i, module in enumerate(TOP.values())}
 
     def key(name: str) -> tuple[object, ...]:
         block = block_of(name)
