@@ -98,7 +98,7 @@ def open_journal(plan: Plan) -> Journal | None:
             return None
     doomed = discardable(folder) if options.overwrite or descriptor >= 0 else set()
     check_disk(plan, freed=sum(path.lstat().st_size for path in doomed))
-    for old in doomed:
+    for old in sorted(doomed, key=lambda one: one.name == JOURNAL):  # last, so that the rest is never an orphan
         old.unlink()
     if descriptor >= 0:
         os.close(descriptor)

@@ -217,21 +217,18 @@ def _arena_nbytes(parts: tuple[ExpertPlan, ...], options: QuantOptions, kind: st
     sizes = [step.working_nbytes for part in parts for unit in part.units for step in unit.steps if step.quantized]
     window = 2 * options.read_ahead + 1
     wanted, least = max(sum(sizes[i : i + window]) for i in range(len(sizes))), max(sizes)
-    host, device = _host_fixed(kind), DEVICE_SCRATCH
-    on_cpu = kind == "cpu"
-    for option, budget, fixed, holds_arena in (
-        ("--max_host_memory", options.max_host_memory, host, on_cpu),
-        ("--max_device_memory", options.max_device_memory, device, not on_cpu),
-    ):
-        if budget is None or (option == "--max_device_memory" and on_cpu):
-            continue
-        need = fixed + (least if holds_arena else 0)
-        if need > budget:
+    budgets = [("--max_host_memory", options.max_host_memory, _host_fixed(kind), kind == "cpu")]
+    if kind != "cpu":
+        budgets.append(("--max_device_memory", options.max_device_memory, DEVICE_SCRATCH, True))
+    for option, budget, fixed, holds_arena in budgets:
+        need = fixed + least * holds_arena
+        if budget is not None and need > budget:
             raise UsageError(
                 f"{option}: a budget of {budget} bytes, but the least that this run can do with is {need}"
                 f" ({fixed} before the first weight, {need - fixed} for the largest layer); raise the budget"
             )
-        wanted = min(wanted, budget - fixed) if holds_arena else wanted
+        if budget is not None and holds_arena:
+            wanted = min(wanted, budget - fixed)
     return wanted
 
 
