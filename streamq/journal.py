@@ -98,11 +98,9 @@ def open_journal(plan: Plan) -> Journal | None:
             return None
     doomed = discardable(folder) if options.overwrite or descriptor >= 0 else set()
     check_disk(plan, freed=sum(path.lstat().st_size for path in doomed))
-    for old in sorted(doomed, key=lambda one: one.name == JOURNAL):  # last, so that the rest is never an orphan
+    for old in doomed - {path}:  # the journal stays: without it the rest would be an orphan
         old.unlink()
-    if descriptor >= 0:
-        os.close(descriptor)
-    return _create(plan, path)
+    return _start(plan, path, descriptor)
 
 
 def _lock(path: Path) -> int | None:
@@ -135,11 +133,14 @@ def _check_folders(plan: Plan) -> None:
             )
 
 
-def _create(plan: Plan, path: Path) -> Journal:
+def _start(plan: Plan, path: Path, descriptor: int) -> Journal:
+    """A journal with its first line: a new one, or the locked one behind `descriptor` emptied."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if descriptor < 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(descriptor, 0)
     except (FileExistsError, BlockingIOError):
         raise UsageError(f"--save_path {path.parent}: another run has just started on it; wait for it") from None
     except OSError as error:
@@ -183,11 +184,10 @@ def _read(plan: Plan, descriptor: int, path: Path) -> list[Commit] | None:
             break
         lines.append(value)
         kept += len(line)
-    if not lines:  # a run that was cut off before its first line has left nothing else either
-        others = sorted(other.name for other in path.parent.iterdir() if other != path)
-        if others:
+    if not lines:  # a run that was cut off before its first line has left no other file either
+        if other := _any_file(path.parent):
             raise UsageError(
-                f"{path}: not a journal of streamq's, beside {others[0]}; choose another folder, or --overwrite"
+                f"{path}: not a journal of streamq's, beside {other}; choose another folder, or --overwrite"
             )
         return None
     if lines[0].get("plan") != plan.hash:
@@ -214,15 +214,23 @@ def _read(plan: Plan, descriptor: int, path: Path) -> list[Commit] | None:
     return commits
 
 
+def _any_file(folder: Path) -> str | None:
+    """Some file below a folder, other than a journal in it; folders alone are what an early end may leave behind."""
+    for path in folder.rglob("*") if folder.exists() else ():
+        if path != folder / JOURNAL and (path.is_symlink() or not path.is_dir()):
+            return str(path.relative_to(folder))
+    return None
+
+
 def _finished(plan: Plan) -> bool:
     folder = plan.options.save_path
     manifest = folder / MANIFEST
-    if not folder.exists() or not any(folder.iterdir()):
-        return False
     if not manifest.is_file():
-        first = min(path.name for path in folder.iterdir())
+        first = _any_file(folder)
+        if first is None:
+            return False
         raise UsageError(
-            f"--save_path {folder}: not empty ({first}, …) and not an output of streamq; choose another folder, or"
+            f"--save_path {folder}: not empty ({first}) and not an output of streamq; choose another folder, or"
             " --overwrite to discard the model files in it"
         )
     document = read_manifest(manifest)

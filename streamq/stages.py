@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from threading import Lock
 from typing import Any, Protocol
 
@@ -57,20 +57,33 @@ class Arena:
 
 
 class Lane:
-    """A thread that does jobs in order, at most `depth` of them outstanding. At depth 0 there is no thread."""
+    """A thread that does jobs in order, at most `depth` of them outstanding. At depth 0 there is no thread.
+
+    Once a job has failed no later one is done, though it be in the queue already: a commit must not follow a failed write.
+    """
 
     def __init__(self, depth: int, name: str) -> None:
         self.depth = depth
         self._pool = ThreadPoolExecutor(1, name) if depth else None
         self._outstanding: deque[Future[Any]] = deque()
+        self._failed = False
 
     def start(self, job: Callable[..., Any], *args: Any) -> Future[Any]:
         """Begin a job; its result, or its exception, is in the future."""
         if self._pool is not None:
-            return self._pool.submit(job, *args)
+            return self._pool.submit(self._do, job, *args)
         done: Future[Any] = Future()
-        done.set_result(job(*args))
+        done.set_result(self._do(job, *args))
         return done
+
+    def _do(self, job: Callable[..., Any], *args: Any) -> Any:
+        if self._failed:
+            raise CancelledError("an earlier job of this lane failed")
+        try:
+            return job(*args)
+        except BaseException:
+            self._failed = True
+            raise
 
     def submit(self, job: Callable[..., Any], *args: Any) -> None:
         """Begin a job that nobody waits for, once fewer than `depth` are outstanding. Raises an earlier one's error."""

@@ -67,13 +67,23 @@ def test_lane_keeps_order_and_bound(depth: int) -> None:
     assert seen == list(range(6))
 
 
-@pytest.mark.parametrize("depth", [0, 2])
-def test_lane_hands_errors_on(depth: int) -> None:
-    lane = Lane(depth, "test")
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_lane_hands_errors_on_and_does_nothing_after(depth: int) -> None:
+    """Jobs that are queued when one fails must not be done: they may commit what was not written."""
+    lane, done, gate = Lane(depth, "test"), [], threading.Event()
+
+    def fail() -> None:
+        gate.wait(10)
+        raise ZeroDivisionError
+
+    threading.Timer(0.05, gate.set).start()
     with pytest.raises(ZeroDivisionError):
-        lane.submit(lambda: 1 / 0)
+        lane.submit(fail)
+        for number in range(3):
+            lane.submit(done.append, number)
         lane.drain()
     lane.close()
+    assert done == []
 
 
 def test_writer_makes_what_safetensors_reads(tmp_path: Path) -> None:
