@@ -59,7 +59,7 @@ class Arena:
 class Lane:
     """A thread that does jobs in order, at most `depth` of them outstanding. At depth 0 there is no thread.
 
-    Once a job has failed no later one is done, though it be in the queue already: a commit must not follow a failed write.
+    Once a job has failed no later one is done, queued though it may be: a commit must not follow a failed write.
     """
 
     def __init__(self, depth: int, name: str) -> None:
