@@ -186,10 +186,8 @@ def read_header(path: Path, root: Path, number: int = 0) -> tuple[SourceFile, li
             status = os.fstat(file.fileno())
             first = file.read(8)
             length = int.from_bytes(first, "little")
-            if first[:4] in (b"PK\x03\x04", b"GGUF") or first[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04"):
-                kind = "a GGUF file" if first[:4] == b"GGUF" else "a pickle"
-                raise UsageError(f"{path}: {kind}, not safetensors; streamq reads float safetensors only")
             if len(first) < 8 or length > status.st_size - 8:
+                _refuse_other_kinds(path, first)
                 raise UsageError(
                     f"{path}: header length says {length} bytes, the file has {max(0, status.st_size - 8)} after it;"
                     " truncated or not safetensors: download it again"
@@ -212,6 +210,13 @@ def read_header(path: Path, root: Path, number: int = 0) -> tuple[SourceFile, li
     _check_tiling(path, infos, start, status.st_size)
     digest = hashlib.sha256(first + raw).hexdigest()
     return SourceFile(path, name, status.st_size, status.st_mtime_ns, digest), infos
+
+
+def _refuse_other_kinds(path: Path, first: bytes) -> None:
+    """A better message for what is known to be something else: a sound header length may look like a pickle."""
+    if first[:4] in (b"PK\x03\x04", b"GGUF") or first[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04"):
+        kind = "a GGUF file" if first[:4] == b"GGUF" else "a pickle"
+        raise UsageError(f"{path}: {kind}, not safetensors; streamq reads float safetensors only")
 
 
 def _tensor(path: Path, name: str, entry: Any, start: int, number: int) -> TensorInfo:

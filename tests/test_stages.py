@@ -141,3 +141,12 @@ def test_sizes_are_parsed_or_refused() -> None:
     for text in ("", "5XB", "-1GB", "0", "1e9", "GB"):
         with pytest.raises(UsageError, match="--x"):
             parse_size(text, "--x")
+
+
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x2280])
+def test_header_lengths_that_look_like_a_pickle(tmp_path: Path, length: int) -> None:
+    """A header of 640 bytes starts a file with 80 02, as a pickle does."""
+    name = "x" * (length - len('{"":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'))
+    save_file({name: torch.ones(1)}, tmp_path / "x.safetensors")
+    assert (tmp_path / "x.safetensors").read_bytes()[:2] == length.to_bytes(2, "little")
+    assert set(open_checkpoint(tmp_path / "x.safetensors").tensors) == {name}
