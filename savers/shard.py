@@ -86,8 +86,8 @@ class ShardWriter:
 
     def create(self) -> None:
         """Allocate the whole file under its temporary name and write the header. Raises RunError on a full disk."""
-        self.partial.parent.mkdir(parents=True, exist_ok=True)
-        with _disk_errors(self.partial):
+        with disk_errors(self.partial):
+            self.partial.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:
                 os.posix_fallocate(descriptor, 0, self.file.size)
@@ -151,7 +151,7 @@ class ShardWriter:
         return self._tensor_sha256.hexdigest()
 
     def _write(self, data: bytes | memoryview) -> None:
-        with _disk_errors(self.partial):
+        with disk_errors(self.partial):
             if self._descriptor < 0:
                 self._descriptor = os.open(self.partial, os.O_RDWR | os.O_CLOEXEC)
             done, view = 0, memoryview(data)
@@ -162,7 +162,7 @@ class ShardWriter:
     def sync(self) -> None:
         """Bring what was written to the disk, and let its pages go."""
         if self._descriptor >= 0:
-            with _disk_errors(self.partial):
+            with disk_errors(self.partial):
                 os.fdatasync(self._descriptor)
             os.posix_fadvise(self._descriptor, 0, self.position, os.POSIX_FADV_DONTNEED)
             if self.position == self.file.size:
@@ -185,7 +185,7 @@ class ShardWriter:
 
 def publish(partial: Path, final: Path, mode: int) -> None:
     """fsync, fchmod, rename, fsync the folder: after a power cut the file is there whole, or not at all."""
-    with _disk_errors(partial):
+    with disk_errors(partial):
         descriptor = os.open(partial, os.O_RDWR | os.O_CLOEXEC)
         try:
             os.fchmod(descriptor, mode)
@@ -199,7 +199,7 @@ def publish(partial: Path, final: Path, mode: int) -> None:
 def write_whole(final: Path, content: bytes, mode: int) -> str:
     """Write a small file in the same way; returns its sha256."""
     partial = final.with_name(final.name + PARTIAL)
-    with _disk_errors(partial):
+    with disk_errors(partial):
         final.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)
     publish(partial, final, mode)
@@ -207,12 +207,13 @@ def write_whole(final: Path, content: bytes, mode: int) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Make renames in a folder durable. Raises RunError."""
+    with disk_errors(folder):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def sha256_of(path: Path) -> str:
@@ -224,7 +225,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-class _disk_errors:
+class disk_errors:
     """Turns what the operating system says while writing into a RunError that names the file and the way on."""
 
     def __init__(self, path: Path) -> None:

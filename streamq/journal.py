@@ -20,7 +20,7 @@ from streamq.checkpoint import load_json
 from streamq.errors import RunError, UsageError
 from streamq.plan import Plan, check_disk
 from streamq.savers import formats
-from streamq.savers.shard import PARTIAL, Place, ShardWriter, sha256_of, sync_folder, write_whole
+from streamq.savers.shard import PARTIAL, Place, ShardWriter, disk_errors, sha256_of, sync_folder, write_whole
 
 JOURNAL = "streamq-journal.jsonl"
 MANIFEST = "streamq.json"
@@ -58,7 +58,8 @@ class Journal:
 
     def remove(self) -> None:
         """The manifest is there: the journal has done its work."""
-        self.path.unlink(missing_ok=True)
+        with disk_errors(self.path):
+            self.path.unlink(missing_ok=True)
         sync_folder(self.path.parent)
 
     def close(self) -> None:
@@ -98,8 +99,10 @@ def open_journal(plan: Plan) -> Journal | None:
             return None
     doomed = discardable(folder) if options.overwrite or descriptor >= 0 else set()
     check_disk(plan, freed=sum(path.lstat().st_size for path in doomed))
-    for old in doomed - {path}:  # the journal stays: without it the rest would be an orphan
-        old.unlink()
+    # The manifest goes first: it must not speak of what is gone. The journal stays until a new one takes its place.
+    for old in sorted(doomed - {path}, key=lambda one: one.name != MANIFEST):
+        with disk_errors(old):
+            old.unlink()
     return _start(plan, path, descriptor)
 
 
@@ -133,14 +136,14 @@ def _check_folders(plan: Plan) -> None:
             )
 
 
-def _start(plan: Plan, path: Path, descriptor: int) -> Journal:
-    """A journal with its first line: a new one, or the locked one behind `descriptor` emptied."""
+def _start(plan: Plan, path: Path, old: int) -> Journal:
+    """A journal with its first line: a new one, or one that takes the place of the locked one behind `old`."""
+    beside = path.with_name(path.name + PARTIAL) if old >= 0 else path
     try:
-        if descriptor < 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(descriptor, 0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new_only = os.O_EXCL if old < 0 else os.O_TRUNC
+        descriptor = os.open(beside, os.O_RDWR | os.O_APPEND | os.O_CREAT | new_only | os.O_CLOEXEC, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (FileExistsError, BlockingIOError):
         raise UsageError(f"--save_path {path.parent}: another run has just started on it; wait for it") from None
     except OSError as error:
@@ -148,6 +151,10 @@ def _start(plan: Plan, path: Path, descriptor: int) -> Journal:
             f"--save_path {path.parent}: {error.strerror}; choose a folder that can be written to"
         ) from error
     _append(descriptor, {"streamq": __version__, "plan": plan.hash, "sources": _source_times(plan)})
+    if old >= 0:
+        with disk_errors(path):
+            os.replace(beside, path)
+        os.close(old)
     sync_folder(path.parent)
     return Journal(path, descriptor, [])
 

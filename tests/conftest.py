@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test waits for a network
 
 import synthetic  # noqa: E402
+from resume_kit import models, own_model, runs, works  # noqa: E402, F401 - fixtures of the tests of interrupted runs
 
 from streamq import cli  # noqa: E402
 
