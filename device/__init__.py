@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,7 +68,9 @@ def kind_of(name: str) -> str:
         return match[1] or match[2]
     if importlib.util.find_spec("torch_npu") and any(Path("/dev").glob("davinci[0-9]*")):
         return "npu"
-    if any(Path("/dev").glob("nvidia[0-9]*")) and _torch_has_cuda():
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    nodes = [*Path("/dev").glob("nvidia[0-9]*"), *(p for p in (Path("/dev/dxg"), Path("/dev/kfd")) if p.exists())]
+    if nodes and not hidden and _torch_has_cuda():
         return "cuda"
     return "cpu"
 
@@ -75,7 +78,9 @@ def kind_of(name: str) -> str:
 def _torch_has_cuda() -> bool:
     spec = importlib.util.find_spec("torch")
     version = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
-    return bool(version and version.is_file() and re.search(r"^cuda.*=\s*'\d", version.read_text(), re.MULTILINE))
+    return bool(
+        version and version.is_file() and re.search(r"^(cuda|hip)\b.*=\s*'\d", version.read_text(), re.MULTILINE)
+    )
 
 
 def open_device(name: str) -> Device:

@@ -116,6 +116,7 @@ def documents(
     for folder in beside:
         for path in sorted([*folder.glob("*.json"), *folder.glob("*.py")]):
             wanted = path.is_file() and not path.name.endswith("index.json") and path.name != "streamq.json"
+            wanted = wanted and not path.name.startswith("quant_model_")  # another output's
             if wanted and path.name not in found and path.stat().st_size <= MAX_DOCUMENT_BYTES:
                 found[path.name] = path.read_bytes()
     return [Document(file, content) for file, content in found.items()]

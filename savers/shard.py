@@ -76,6 +76,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, file: TensorFile) -> None:
         self.file = file
+        self.folder = folder
         self.final = folder / file.path
         self.partial = folder / (file.path + PARTIAL)
         self.position = 0
@@ -97,6 +98,11 @@ class ShardWriter:
         self._write(self.file.header)
         self.sync()
         self.close()
+        place = self.partial.parent
+        sync_folder(place)
+        while place != self.folder:  # folders that are new have to be entered in theirs, too
+            place = place.parent
+            sync_folder(place)
 
     def reopen(self, committed: Sequence[tuple[Place, str]]) -> str | None:
         """Take up an earlier run's file: hash its committed tensors again, which must have the sha256 given with each.
@@ -164,6 +170,8 @@ class ShardWriter:
         if self._descriptor >= 0:
             with disk_errors(self.partial):
                 os.fdatasync(self._descriptor)
+            if os.fstat(self._descriptor).st_nlink == 0:
+                raise RunError(f"{self.partial}: removed while it was written; start again with --no_resume")
             os.posix_fadvise(self._descriptor, 0, self.position, os.POSIX_FADV_DONTNEED)
             if self.position == self.file.size:
                 self.close()
@@ -180,6 +188,8 @@ class ShardWriter:
         self.close()
         if self.partial.exists():
             publish(self.partial, self.final, self.file.mode)
+        elif not self.final.is_file() or self.final.stat().st_size != self.file.size:
+            raise RunError(f"{self.partial}: gone, removed by another program; start again with --no_resume")
         return self._sha256.hexdigest()
 
 

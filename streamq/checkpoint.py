@@ -65,8 +65,8 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
 
     def where(self, info: TensorInfo) -> str:
-        """`blocks.0.ffn.0.weight in model-00001-of-00002.safetensors`, for messages."""
-        return f"{info.name} in {self.files[info.file].name}"
+        """`blocks.0.ffn.0.weight in transformer/model-00001-of-00002.safetensors`, for messages."""
+        return f"{info.name} in {self.root.name}/{self.files[info.file].name}"
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

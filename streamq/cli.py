@@ -7,6 +7,7 @@ that begins with `error: `. Torch is imported only once there is work for it.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import re
 import signal
@@ -131,6 +132,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _quant(args: argparse.Namespace) -> int:
     from streamq import display
+    from streamq.journal import discardable
     from streamq.plan import make_plan
 
     options = _options(args)
@@ -138,6 +140,9 @@ def _quant(args: argparse.Namespace) -> int:
     if not options.quiet and not options.json:
         display.show_plan(plan)
     display.warn(plan.warnings)
+    doomed = sorted(path.name for path in discardable(options.save_path)) if options.overwrite else []
+    if doomed:
+        display.warn([f"--overwrite discards {len(doomed)} files in {options.save_path}: {', '.join(doomed[:5])}"])
     return _run(plan)
 
 
@@ -155,10 +160,8 @@ def _run(plan: Plan) -> int:
         with display.Display(device, quiet=options.quiet) as watcher:
             manifest = pipeline.run(plan, device, watcher)
     except KeyboardInterrupt:
-        print(
-            f"error: interrupted; what is committed in {options.save_path} is kept, the same command resumes",
-            file=sys.stderr,
-        )
+        how = "the same command resumes" if options.resume else "the same command without --no_resume resumes"
+        print(f"error: interrupted; what is committed in {options.save_path} is kept, {how}", file=sys.stderr)
         return 130
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise RunError(
@@ -266,6 +269,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = [_underscores(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     debug = "--debug" in given
     try:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # a terminal that cannot show a box must not end the run
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _interrupt)
         args = _parser().parse_args(given)

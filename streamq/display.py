@@ -4,11 +4,12 @@ except results, so that `--json` can have stdout for itself."""
 from __future__ import annotations
 
 import os
-import resource
+import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -30,8 +31,9 @@ def warn(lines: Iterable[str]) -> None:
 
 def peak_rss() -> int:
     """Most resident memory that this process ever had, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    # Not getrusage's ru_maxrss: it survives exec, so that it may be that of the process which started this one.
+    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else psutil.Process().memory_info().rss
 
 
 class Display:
@@ -40,7 +42,7 @@ class Display:
     def __init__(self, device: Device, *, quiet: bool) -> None:
         self.device = device
         self.quiet = quiet
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, markup=False)
         self.bar: Progress | None = None
         self.units_done = self.units = self.bytes_done = self.bytes = 0
         self.bytes_at_start = 0
@@ -92,7 +94,10 @@ class Display:
             text = " · ".join(figures)
             self.bar.update(self.task, description=name, total=self.bytes, completed=self.bytes_done, figures=text)
         elif not self.quiet:
-            print(f"{name}: {', '.join(figures)}", file=sys.stderr, flush=True)
+            try:
+                print(f"{name}: {', '.join(figures)}", file=sys.stderr, flush=True)
+            except OSError:  # whoever read it has gone: no reason to stop hours of work
+                self.quiet = True
 
 
 def _nbytes(unit: Unit) -> int:
@@ -102,10 +107,10 @@ def _nbytes(unit: Unit) -> int:
 def show_plan(plan: Plan) -> None:
     """The plan as tables, on stdout."""
     model = plan.experts[0].expert.model
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     experts = f", {len(plan.experts)} experts" if len(plan.experts) > 1 else ""
     console.print(
-        f"[bold]{plan.source_path}[/]: Wan {model.family}, {model.n_blocks} blocks of width {model.dim}{experts}",
+        f"{plan.source_path}: Wan {model.family}, {model.n_blocks} blocks of width {model.dim}{experts}",
         soft_wrap=True,
     )
     table = Table("format", "type", "layers", "example")
@@ -167,7 +172,7 @@ def summary(plan: Plan, manifest: dict[str, Any], device: Device, seconds: float
 
 def show_summary(figures: dict[str, Any]) -> None:
     """The closing table, on stdout."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     table = Table(title=f"done: {figures['save_path']}", show_header=False)
     for form, kinds in figures["layers"].items():
         table.add_row(f"layers ({form})", ", ".join(f"{count} {kind}" for kind, count in kinds.items()))
@@ -196,14 +201,14 @@ def show_facts(facts: dict[str, Any]) -> None:
         elif isinstance(value, list):
             value = ", ".join(map(str, value)) or "-"
         table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value if value not in (None, "") else "-"))
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False).print(table)
 
 
 def show_verdict(report: dict[str, Any]) -> None:
     """`verify` as text, on stdout: problems first, then the layers with the largest errors."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     for problem in report["problems"]:
-        console.print(f"[red]problem[/] {problem}", soft_wrap=True)
+        console.print(f"problem: {problem}", style="red", soft_wrap=True)
     if report["layers"]:
         table = Table("layer", "relative error", "cosine", title=f"worst of {len(report['layers'])} layers")
         worst = sorted(report["layers"].items(), key=lambda row: row[1]["rel_error"], reverse=True)[:8]
@@ -211,6 +216,5 @@ def show_verdict(report: dict[str, Any]) -> None:
             table.add_row(name, f"{found['rel_error']:.4%}", f"{found['cosine']:.6f}")
         console.print(table)
     count = len(report["files"])
-    console.print(
-        "[green]ok[/]" if report["ok"] else f"[red]{len(report['problems'])} problems[/]", f"({count} files hashed)"
-    )
+    checked = f"{count} files hashed" if count else "no streamq.json: structure only, no checksum was checked"
+    console.print(f"{'ok' if report['ok'] else str(len(report['problems'])) + ' problem(s)'} ({checked})")

@@ -9,14 +9,16 @@ manifest (`streamq.json`) is written last and is the sign that the folder is com
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from streamq import __version__
-from streamq.checkpoint import load_json
+from streamq.checkpoint import Source, load_json
 from streamq.errors import RunError, UsageError
 from streamq.plan import Plan, check_disk
 from streamq.savers import formats
@@ -26,6 +28,7 @@ JOURNAL = "streamq-journal.jsonl"
 MANIFEST = "streamq.json"
 MANIFEST_MODE = 0o644
 MAX_MANIFEST_BYTES = 256 << 20
+SMALL_NBYTES = 1 << 20
 # Where a run may have left files below its output folder, besides one folder a format.
 _SUBFOLDERS = ("high_noise_model", "low_noise_model", "transformer", "transformer_2")
 _SUFFIXES = (".safetensors", ".json", ".gguf", PARTIAL)
@@ -83,14 +86,15 @@ def open_journal(plan: Plan) -> Journal | None:
         descriptor = _lock(path)
         if descriptor is None:  # its owner finished between our two looks
             continue
-        if options.overwrite:
-            break
         try:
-            commits = _read(plan, descriptor, path)
+            overwrites = _begun_by_overwrite(plan, path)
+            commits = _read(plan, descriptor, path) if overwrites or not options.overwrite else None
         except UsageError:
             os.close(descriptor)
             raise
         if options.resume and commits is not None:
+            if overwrites and not commits:
+                _discard(path)
             return Journal(path, descriptor, commits)
         break
     else:
@@ -99,11 +103,29 @@ def open_journal(plan: Plan) -> Journal | None:
             return None
     doomed = discardable(folder) if options.overwrite or descriptor >= 0 else set()
     check_disk(plan, freed=sum(path.lstat().st_size for path in doomed))
-    # The manifest goes first: it must not speak of what is gone. The journal stays until a new one takes its place.
-    for old in sorted(doomed - {path}, key=lambda one: one.name != MANIFEST):
+    journal = _start(plan, path, descriptor)
+    if doomed:
+        _discard(path)
+    return journal
+
+
+def _discard(path: Path) -> None:
+    """Remove what may go, under the lock of a journal without commits; again, if an earlier start was cut off."""
+    # The manifest goes first: it must not speak of what is gone.
+    for old in sorted(discardable(path.parent) - {path}, key=lambda one: one.name != MANIFEST):
         with disk_errors(old):
-            old.unlink()
-    return _start(plan, path, descriptor)
+            old.unlink(missing_ok=True)
+
+
+def _begun_by_overwrite(plan: Plan, path: Path) -> bool:
+    """Whether the unfinished run is this plan's and had --overwrite itself: then the same command goes on."""
+    with open(path, "rb") as stream:
+        first = stream.readline()
+    try:
+        header = json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(header, dict) and header.get("plan") == plan.hash and header.get("overwrite") is True
 
 
 def _lock(path: Path) -> int | None:
@@ -150,12 +172,14 @@ def _start(plan: Plan, path: Path, old: int) -> Journal:
         raise UsageError(
             f"--save_path {path.parent}: {error.strerror}; choose a folder that can be written to"
         ) from error
-    _append(descriptor, {"streamq": __version__, "plan": plan.hash, "sources": _source_times(plan)})
+    header = {"streamq": __version__, "plan": plan.hash, "sources": _source_times(plan)}
+    _append(descriptor, header | {"overwrite": plan.options.overwrite})
     if old >= 0:
         with disk_errors(path):
             os.replace(beside, path)
         os.close(old)
     sync_folder(path.parent)
+    sync_folder(path.parent.absolute().parent)
     return Journal(path, descriptor, [])
 
 
@@ -253,7 +277,29 @@ def _finished(plan: Plan) -> bool:
             found = "is missing" if size < 0 else f"has {size} bytes, made with {about['bytes']}"
             found = found if size != about["bytes"] else "has other content than the manifest says"
             raise RunError(f"{path}: {found}; make it anew with --overwrite")
+    _check_same_weights(plan, document)
     return True
+
+
+def _check_same_weights(plan: Plan, document: dict[str, Any]) -> None:
+    """Raise UsageError if the finished output was made from other weights under equal headers: two finetunes, say.
+
+    Compares the small tensors that passed through (norms, modulation) with the manifest's hashes.
+    """
+    for part in plan.experts:
+        with closing(Source(part.expert.model.checkpoint)) as source:
+            for step in (step for unit in part.units for step in unit.steps if not step.quantized):
+                for info, place in zip(step.sources, step.outputs[0].places, strict=True):
+                    if info.nbytes > SMALL_NBYTES:
+                        continue
+                    content = bytearray(info.nbytes)
+                    source.read(info, 0, memoryview(content))
+                    expected = document["files"][plan.files[place.file].path].get("tensors", {}).get(place.name)
+                    if hashlib.sha256(content).hexdigest() != expected:
+                        raise UsageError(
+                            f"--save_path {plan.options.save_path}: finished, but from other weights:"
+                            f" {source.checkpoint.where(info)} differs; choose another folder, or --overwrite"
+                        )
 
 
 def discardable(folder: Path) -> set[Path]:

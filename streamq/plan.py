@@ -366,7 +366,8 @@ class _Builder:
                 f" {target.name} has {', '.join(target.format.TYPES)}"
             )
         rule = target.format.RULES.get(self.options.match) or target.format.RULES[None]
-        if rule.arithmetic == "source" and target.recipe.model_config.get("convert_model_dtype"):
+        convert = target.recipe.model_config.get("convert_model_dtype")
+        if rule.arithmetic == "source" and self.options.match == "msmodelslim" and convert:
             rule = replace(rule, arithmetic="bf16")  # the tool to be matched would load the model so
         return Scheme(pair.type, pair, rule)
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from streamq.device import Device
+from streamq.errors import RunError
 from streamq.journal import Commit
 from streamq.plan import Plan, Unit
 
@@ -33,7 +34,13 @@ class Arena:
     """A ring of device memory, allocated once: each layer takes a region, and gives it back in the same order."""
 
     def __init__(self, device: Device, nbytes: int) -> None:
-        self.memory = device.empty(nbytes)
+        try:
+            self.memory = device.empty(nbytes)
+        except (RuntimeError, MemoryError) as error:  # what torch's allocators raise, on every kind of device
+            raise RunError(
+                f"out of memory: {nbytes} bytes for the layers at work are not to be had ({str(error)[:200]}); run the"
+                " same command with --read_ahead 0, or with a budget (--max_host_memory, --max_device_memory)"
+            ) from error
         self._taken: deque[tuple[int, int]] = deque()
         self._lock = Lock()  # one thread takes, another gives back
 

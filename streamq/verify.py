@@ -76,8 +76,7 @@ def verify(save_path: Path, source: str | None) -> Report:
         _check_format(output, checkpoint, report)
         if experts and not (report.problems and _incomplete(output, checkpoint)):
             expert = _matching(experts, output, len({o.label for o in found if o.format_name == output.format_name}))
-            recorded = _recorded(document, output)
-            _compare(output, checkpoint, expert, recorded, report)
+            _compare(output, checkpoint, expert, document or {}, report)
     return report
 
 
@@ -156,8 +155,16 @@ def _matching(experts: list[wan.Expert], output: outputs.Output, count: int) -> 
     return next((expert for expert in experts if expert.name == name), experts[0])
 
 
-def _recorded(document: dict[str, Any] | None, output: outputs.Output) -> dict[str, float]:
-    layers = (document or {}).get("formats", {}).get(output.format_name, {}).get("layers", {})
+def _rounded(document: dict[str, Any], output: outputs.Output) -> bool:
+    """Whether the biases went through bf16: `convert_model_dtype` under `--match msmodelslim`."""
+    made = document.get("formats", {}).get(output.format_name, {})
+    settings = made.get("recipe", {}).get("spec", {}).get("multimodal_sd_config") or {}
+    config = settings.get("inference_config") or settings.get("model_config") or {}
+    return document.get("options", {}).get("match") == "msmodelslim" and bool(config.get("convert_model_dtype"))
+
+
+def _recorded(document: dict[str, Any], output: outputs.Output) -> dict[str, float]:
+    layers = document.get("formats", {}).get(output.format_name, {}).get("layers", {})
     return {name: about["rel_error"] for name, about in layers.items() if "rel_error" in about}
 
 
@@ -168,9 +175,10 @@ def _read(source: Source, info: TensorInfo) -> Tensor:
 
 
 def _compare(
-    output: outputs.Output, checkpoint: Checkpoint, expert: wan.Expert, recorded: dict[str, float], report: Report
+    output: outputs.Output, checkpoint: Checkpoint, expert: wan.Expert, document: dict[str, Any], report: Report
 ) -> None:
     model = expert.model
+    recorded, rounded = _recorded(document, output), _rounded(document, output)
     prefix = f"{output.label}/" if output.label else ""
     label = f"{expert.name}/" if expert.name else ""
     kinds = output.format.layers_in(output.folder, checkpoint.tensors)
@@ -196,7 +204,8 @@ def _compare(
             if native.rpartition(".")[0] in quantized and native.endswith(".weight"):
                 continue
             mine = checkpoint.tensors.get(native)
-            if mine is None or mine.shape != info.shape or not _same(floats, info, written, mine):
+            cast = rounded and native.rpartition(".")[0] in quantized
+            if mine is None or mine.shape != info.shape or not _same(floats, info, written, mine, cast):
                 report.problems.append(f"{prefix}{native}: differs from {model.checkpoint.where(info)}")
 
 
@@ -216,7 +225,9 @@ def _difference(weight: Tensor, made: dict[str, Tensor], output: outputs.Output)
     return (lost / norm) ** 0.5, dot / (norm * other) ** 0.5
 
 
-def _same(floats: Source, info: TensorInfo, written: Source, mine: TensorInfo) -> bool:
+def _same(floats: Source, info: TensorInfo, written: Source, mine: TensorInfo, cast: bool) -> bool:
+    if cast:
+        return torch.equal(_read(floats, info).bfloat16(), _read(written, mine).bfloat16())
     if info.dtype != mine.dtype:
         return torch.equal(_read(floats, info).float(), _read(written, mine).float())
     return all(a == b for a, b in zip(_chunks(floats, info), _chunks(written, mine), strict=True))

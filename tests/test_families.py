@@ -97,15 +97,16 @@ def test_any_checkpoint(tmp_path: Path, tiny: Tiny, family: str, how: dict[str, 
 
 
 @pytest.mark.parametrize("family", RELEASED)
-def test_full_size_plans(tmp_path: Path, family: str) -> None:
+def test_full_size_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     """Names, shapes and counts of the releases, on headers alone: the data are holes."""
     source = tmp_path / "model"
     synthetic.write(source, replace(synthetic.FAMILIES[family], experts=1), sparse=True, shard_bytes=10**10)
     found = facts(source)
     parameters, tensors = RELEASED[family]
     assert sum(found["dtypes"].values()) == tensors  # type: ignore[attr-defined]
+    monkeypatch.setattr("streamq.plan.DISK_RESERVE", -(10**12))  # whatever this machine's disk
     result = run("plan", "--model_path", source, "--save_path", tmp_path / "out", "--quant_type", "w8a8", "--json")
-    assert result.returncode == 0 or "are free on its disk" in result.stderr, result.stderr
+    assert result.returncode == 0, result.stderr
     plan = json.loads(result.stdout)
     assert plan["bytes_to_read"] == 4 * parameters
     assert plan["bytes_to_write"] == sum(file["bytes"] for file in plan["files"])

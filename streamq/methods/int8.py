@@ -58,7 +58,8 @@ def quantize(weight: Tensor, bias: Tensor | None, scheme: Scheme, out: Tensor | 
             q.clamp_(rule.qmin, QMAX)
         codes[part].copy_(q)
         scales[part].copy_(scale)
-        work.errors(q, scales[part], w, lost[part], norm[part])
+        # The error is against what the source holds, also where it was cast to bf16 first.
+        work.errors(q, scales[part], weight[part] if rule.arithmetic == "bf16" else w, lost[part], norm[part])
     if not torch.isfinite(lost).all():  # squares beyond fp32: once more, in double
         for start in range(0, rows, step):
             # On the host: an accelerator may have no fp64, and this happens to no sane weight.
@@ -101,7 +102,9 @@ class _Tile:
 
 def _scale(amax: Tensor, rule: Int8Rule) -> Tensor:
     """[rows, 1] amax -> the scale, in amax's dtype, rounded to what the runtime will keep of it."""
-    scale = amax.clamp_min(rule.amax_floor).div_(QMAX).clamp_min_(rule.scale_floor)
+    # A divisor on the device: CUDA multiplies by the reciprocal of a Python number, which may cost the last bit.
+    qmax = torch.full((), QMAX, dtype=amax.dtype, device=amax.device)
+    scale = amax.clamp_min(rule.amax_floor).div_(qmax).clamp_min_(rule.scale_floor)
     kept = DTYPES.get(rule.scale_dtype, scale.dtype)
     return scale.to(kept).to(scale.dtype)
 

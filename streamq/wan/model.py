@@ -136,6 +136,11 @@ class Model:
         config = load_json(path, MAX_CONFIG_BYTES) if path.is_file() else {}
         return config if isinstance(config, dict) else {}
 
+    def _model_type(self) -> str:
+        """LightX2V's rule for a config that is not the model's own: an image branch or 36 channels make `i2v`."""
+        image = "blocks.0.attn2.add_k_proj.weight" in self.tensors or self.in_channels == 36
+        return "i2v" if image else "t2v"
+
     @cached_property
     def native_config(self) -> dict[str, Any]:
         """The twelve keys of Wan-AI's own `config.json`: from shapes, and from the source's config where they are mute.
@@ -151,14 +156,18 @@ class Model:
                     " Wan's head size; put the model's config.json beside the weights"
                 )
             heads = self.dim // HEAD_DIM
-        vace = {} if self.family != "vace" else {key: given[key] for key in ("vace_layers",) if key in given}
+        vace: dict[str, Any] = {}
+        if self.family == "vace":  # control blocks are evenly spread, unless the config says where they are
+            spread = list(range(0, self.n_blocks, max(1, self.n_blocks // max(1, self.n_vace_blocks))))
+            layers = given.get("vace_layers", spread[: self.n_vace_blocks])
+            vace = {"vace_in_dim": self.tensors["vace_patch_embedding.weight"].shape[1], "vace_layers": layers}
         return {
             "_class_name": "VaceWanModel" if self.family == "vace" else "WanModel",
             "_diffusers_version": given.get("_diffusers_version", "0.33.0"),
             "dim": self.dim, "eps": given.get("eps", 1e-6), "ffn_dim": self.ffn_dim,
             "freq_dim": self.tensors["condition_embedder.time_embedder.linear_1.weight"].shape[1],
             "in_dim": self.in_channels,
-            "model_type": {"animate": "i2v"}.get(self.family, self.family),
+            "model_type": given["model_type"] if "model_type" in given and "dim" in given else self._model_type(),
             "num_heads": heads, "num_layers": self.n_blocks, "out_dim": self.out_channels,
             "text_len": given.get("text_len", 512),
         } | vace  # fmt: skip
