@@ -124,7 +124,8 @@ def documents(
 
 def usage(folders: Mapping[str, Path]) -> list[str]:
     """MindIE-SD replaces the layers of a float model that the pipeline has built."""
-    lines = ["from mindiesd import quantize"]
+    lines = ["# the float model goes by Wan-AI's own module names (blocks.0.self_attn.q), whatever the source's were"]
+    lines += ["import torch", "from mindiesd import quantize"]
     for expert, folder in folders.items():
         description = next(folder.glob("quant_model_description*.json")).resolve()
         lines.append(f'quantize({expert or "transformer"}, "{description}", dtype=torch.bfloat16)')

@@ -192,6 +192,26 @@ def test_no_resume_killed(runs: Runs, works: Works, tmp_path: Path, formats: str
     assert not problems, report(problems)
 
 
+@pytest.mark.parametrize("formats", ["mindie", BOTH])
+def test_no_resume_killed_before_there_was_anything_to_lose(
+    runs: Runs, works: Works, tmp_path: Path, formats: str
+) -> None:
+    """Nothing was committed, so the command without --no_resume goes on as well, and leaves nothing behind."""
+    work = works("small", "--format", formats)
+    unfinished = stop(runs, work, tmp_path / "unfinished", commits=0)
+    calls = runs(work.argv(shutil.copytree(unfinished, tmp_path / "all"), "--no_resume")).calls
+    beginning = next(number for number, call in enumerate(calls, 1) if call == "fsync .") + 1
+
+    def one(number: int) -> list[str]:
+        out = Path(shutil.copytree(unfinished, tmp_path / f"out{number}"))
+        found = [was_killed(Fault(), runs(work.argv(out, "--no_resume"), Fault("before", number)))]
+        found += [unsound(out, work.result), finish(runs, work, out)]
+        return [f"before {calls[number - 1]}: {problem}" for problem in found if problem]
+
+    problems = [problem for found in runs.each(one, range(1, beginning + 1)) for problem in found]
+    assert not problems, report(problems)
+
+
 def test_overwrite_killed(runs: Runs, works: Works, tmp_path: Path) -> None:
     """A finished output of another plan may be gone at any moment, but never half there with its manifest."""
     old, new = works("small", "--format", "lightx2v"), works("small", "--format", BOTH)
