@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -46,8 +46,8 @@ def run(plan: Plan, device: Device, watcher: Watcher) -> dict[str, Any] | None:
     journal = journals.open_journal(plan)
     if journal is None:
         return None
-    with closing(journal):
-        writers = journals.open_files(plan, journal)
+    with closing(journal), ExitStack() as files:
+        writers = [files.enter_context(closing(writer)) for writer in journals.open_files(plan, journal)]
         done = {commit.unit for commit in journal.commits}
         watcher.started(plan, done)
         for part in plan.experts:
@@ -154,11 +154,8 @@ def _quantize(step: Step, memory: torch.Tensor, work: _Work, commit: Commit) -> 
 
 
 def _damaged(info: TensorInfo, work: _Work) -> RunError:
-    where = work.part.expert.model.checkpoint.where(info)
-    return RunError(
-        f"{where}: NaN or Inf in it; the source is damaged: download it again, then run the same command with"
-        " --no_resume"
-    )
+    where, advice = work.source.checkpoint.where(info), "download it again, then run the same command with --no_resume"
+    return RunError(f"{where}: NaN or Inf in it; the source is damaged: {advice}")
 
 
 def _write(tensors: list[tuple[Place, torch.Tensor]], token: Any, work: _Work, commit: Commit, arena: Arena) -> None:
