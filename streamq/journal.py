@@ -62,6 +62,7 @@ class Journal:
     def remove(self) -> None:
         """The manifest is there: the journal has done its work."""
         with disk_errors(self.path):
+            self.path.with_name(self.path.name + PARTIAL).unlink(missing_ok=True)  # of a restart that was cut off
             self.path.unlink(missing_ok=True)
         sync_folder(self.path.parent)
 
@@ -333,7 +334,9 @@ def open_files(plan: Plan, journal: Journal) -> list[ShardWriter]:
     for commit in journal.commits:
         for step in units[commit.unit].steps:
             for place in (place for output in step.outputs for place in output.places):
-                digest = commit.tensors[plan.files[place.file].path][place.name]
+                digest = commit.tensors.get(plan.files[place.file].path, {}).get(place.name)
+                if digest is None:
+                    raise UsageError(f"{journal.path}: damaged: no {place.name} in {commit.unit}; use --no_resume")
                 committed.setdefault(place.file, []).append((place, digest))
     writers = [ShardWriter(plan.options.save_path, file) for file in plan.files]
     for number, writer in enumerate(writers):
