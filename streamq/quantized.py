@@ -30,21 +30,59 @@ class Int8Rule:
 
 
 @dataclass(frozen=True)
+class Smooth:
+    """How the layers that share an input get their smoothing vector s: x / s is fed to W · s.
+
+    `method`: smoothquant (s = amax_x^alpha / amax_w^(1 - alpha)), search (the alpha of least output error) or awq
+    (s = mean_x^r, r searched). `layers`: diffusers names of the quantized layers that it is made over. `way`: where 1/s
+    goes, one of wan.WAYS.
+    """
+
+    method: str
+    alpha: float
+    scale_min: float
+    group: str
+    layers: tuple[str, ...]
+    way: str
+
+
+@dataclass(frozen=True)
 class Scheme:
-    """How one layer is quantized for one format. Two formats with equal schemes share one result."""
+    """How one layer is quantized for one format. Two formats with equal schemes share one result.
+
+    smooth: the vector by which the input is divided and the weight's columns are multiplied. rows: the vector by which
+    the weight's rows and the bias are divided, because the layer behind takes it as its own `smooth`.
+    """
 
     type: str
     pair: Pair
     rule: Int8Rule
+    smooth: Smooth | None = None
+    rows: Smooth | None = None
+
+    @property
+    def label(self) -> str:
+        """The type as users see it."""
+        return f"{self.type}_smooth" if self.smooth else self.type
+
+
+@dataclass(frozen=True)
+class StaticInput:
+    """A static int8 activation: x ≈ (q - offset) · scale, q from -128 to 127 (symmetric: offset 0)."""
+
+    scale: float
+    offset: float
 
 
 @dataclass
 class QuantizedLinear:
     """A quantized linear layer, on whatever device it was made.
 
-    codes: int8 [out, in]. scales: float32 [out, 1], equal to what is stored. bias: source dtype [out], or None.
-    source_dtype: the float weight's own, in which some formats store scales.
-    rel_error: ‖W - dequantized‖ / ‖W‖ (Frobenius), 0.0 for a zero matrix.
+    codes: int8 [out, in]. scales: float32 [out, 1], equal to what is stored. bias: source dtype [out], or None; divided
+    by `rows` already. source_dtype: the float weight's own, in which some formats store scales.
+    smooth: float32 [in], by which the runtime divides the input; rows: float32 [out], by which weight and bias are
+    divided; static: the activation's fixed range.
+    rel_error, cosine: of the weight against `effective()`, over all elements; 0.0 and 1.0 for a zero matrix.
     """
 
     scheme: Scheme
@@ -53,7 +91,18 @@ class QuantizedLinear:
     bias: torch.Tensor | None
     source_dtype: torch.dtype
     rel_error: float
+    cosine: float = 1.0
+    smooth: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+    static: StaticInput | None = None
 
     def dequantize(self) -> torch.Tensor:
         """The float32 weight [out, in] that the runtime multiplies with."""
         return self.codes.float().mul_(self.scales)
+
+    def effective(self) -> torch.Tensor:
+        """The float32 weight [out, in] that this stands for, smoothing undone: what is compared with the source."""
+        weight = self.dequantize()
+        if self.smooth is not None:
+            weight = weight.div_(self.smooth)
+        return weight if self.rows is None else weight.mul_(self.rows.unsqueeze(1))
