@@ -55,6 +55,10 @@ class Format(Protocol):
         """Permission bits of every file."""
 
     @property
+    def WAYS(self) -> tuple[str, ...]:
+        """Where the runtime honours a smoothing scale (`streamq.wan.groups`), what costs it least first."""
+
+    @property
     def RULES(self) -> Mapping[str | None, Int8Rule]:
         """`--match` tool (None: the default) -> its arithmetic."""
 
@@ -63,6 +67,12 @@ class Format(Protocol):
 
     def encode(self, layer: QuantizedLinear) -> list[Tensor]:
         """The same tensors' values, contiguous, in the same order and of the same dtypes."""
+
+    def vector_specs(self, name: str, dim: int) -> list[Spec]:
+        """The tensors that carry a smoothing vector beside a norm without affine, `name` (`blocks.0.norm1`)."""
+
+    def encode_vector(self, smooth: Tensor) -> list[Tensor]:
+        """Their values, from the vector [dim] by which the norm's output is to be divided."""
 
     def passed_spec(self, name: str, dtype: str, shape: tuple[int, ...], unit: str) -> Spec:
         """A tensor that keeps its dtype and bytes, by the runtime's name for it."""
@@ -94,7 +104,11 @@ class Format(Protocol):
         """What the runtime would trip over, or worse, let pass in silence."""
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The float32 weight that a layer's tensors (by suffix, e.g. `weight_scale`) stand for."""
+        """The float32 weight that a layer's tensors (by suffix, e.g. `weight_scale`) stand for.
+
+        Of rows [a, b) of the layer where every tensor of as many rows was cut to them. A smoothing scale that the layer
+        itself carries is undone; one that lies in a norm or in other rows is not known here.
+        """
 
 
 def formats() -> dict[str, Format]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 TYPES = {"w8a8": "int8"}
 MODE = 0o644
+WAYS = ("norm", "adaln", "rows")
 RULES: Mapping[str | None, Int8Rule] = {
     None: Int8Rule(amax_floor=1e-5, scale_dtype="BF16", qmin=-127),
     "lightx2v": Int8Rule(amax_floor=1e-5, scale_dtype="source", arithmetic="source"),
@@ -52,6 +53,18 @@ def encode(layer: QuantizedLinear) -> list[Tensor]:
     if layer.scheme.rule.scale_dtype == "source":
         scales = scales.to(layer.source_dtype)
     return [layer.codes, scales] + ([] if layer.bias is None else [layer.bias])
+
+
+def vector_specs(name: str, dim: int) -> list[Spec]:
+    """`affine_norm1` and `affine_norm3`: y = LN(x) · (1 + scale) · weight + shift · bias, so both are 1/s."""
+    block, _, norm = name.rpartition(".")
+    return [Spec(f"{block}.affine_{norm}.{leaf}", "F32", (dim,), unit_of(name)) for leaf in ("weight", "bias")]
+
+
+def encode_vector(smooth: Tensor) -> list[Tensor]:
+    """The bias multiplies AdaLN's shift; it is not added."""
+    inverse = smooth.reciprocal()
+    return [inverse, inverse]
 
 
 def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str) -> Spec:
@@ -89,7 +102,10 @@ def documents(
     beside: Iterable[Path],
 ) -> list[Document]:  # fmt: skip
     """The native config, and an index where there are several files. LightX2V itself ignores the index."""
-    config = json.dumps(model.native_config, indent=2, sort_keys=True) + "\n"
+    native = dict(model.native_config)
+    if any(".affine_norm" in spec.name for _, specs in files for spec in specs):
+        native["quant_method"] = "advanced_ptq"  # without it LightX2V leaves the affine tensors out, without a word
+    config = json.dumps(native, indent=2, sort_keys=True) + "\n"
     found = [Document("config.json", config.encode())]
     if options.layout == "block":
         total = sum(math.prod(s.shape) * DTYPE_SIZE[s.dtype] for _, specs in files for s in specs)
@@ -151,6 +167,18 @@ def problems(folder: Path, tensors: Mapping[str, Any]) -> list[str]:
             found.append(f"{layer}.bias: missing; LightX2V would load None")
         elif bias.dtype not in ("F32", "BF16", "F16") or tuple(bias.shape) != (rows,):
             found.append(f"{layer}.bias: {bias.dtype} {list(bias.shape)}, must be a float [{rows}]")
+    affine = [name for name in tensors if ".affine_norm" in name]
+    if affine and config.get("quant_method") != "advanced_ptq":
+        found.append(f"config.json: no quant_method advanced_ptq, so LightX2V would leave {affine[0]} out")
+    for name in affine:
+        block, _, rest = name.partition(".affine_")
+        norm, _, leaf = rest.partition(".")
+        other = f"{block}.affine_{norm}.{'bias' if leaf == 'weight' else 'weight'}"
+        info = tensors[name]
+        if other not in tensors:
+            found.append(f"{other}: missing beside {name}")
+        if info.dtype not in ("F32", "BF16", "F16") or tuple(info.shape) != (config.get("dim", info.shape[0]),):
+            found.append(f"{name}: {info.dtype} {list(info.shape)}, must be F32 [{config.get('dim')}]")
     blocks = {unit_of(name) for name in tensors} - {"rest"}
     ours = {"non_block.safetensors", SINGLE} | {f"block_{block.partition('.')[2]}.safetensors" for block in blocks}
     for path in sorted(folder.glob("*.safetensors")):

@@ -23,7 +23,8 @@ from streamq.wan import Linear, Model, unit_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-TYPES = {"w8a8": "W8A8_DYNAMIC"}
+TYPES = {"w8a8": "W8A8_DYNAMIC", "w8a8_static": "W8A8"}
+WAYS = ("rows", "layer")  # norms come from the original checkpoint, so nothing can be folded into them
 MODE = 0o640  # mindiesd raises PermissionError for anything wider
 FP32_EPS = 2.0**-23
 RULES: Mapping[str | None, Int8Rule] = {
@@ -33,23 +34,56 @@ RULES: Mapping[str | None, Int8Rule] = {
 FLOAT = "FLOAT"
 MAX_FILE_BYTES = 100 << 30  # what mindiesd reads
 MAX_DOCUMENT_BYTES = 64 << 20
-# Suffix -> (dtype, shape of [out, in]) of a W8A8_DYNAMIC layer; the bias is apart, because it is typed FLOAT.
-_DYNAMIC = {"weight": "I8", "weight_scale": "F32", "weight_offset": "F32"}
+# A layer that carries a smoothing scale: the linear's tensors lie below LINEAR, the scale is MUL_SCALE.
+LINEAR, MUL_SCALE = "linear", "div.mul_scale"
+
+
+def _tensors(kind: str, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Suffix -> (dtype, shape) of a layer, but for its bias, which is typed FLOAT."""
+    if kind == "W8A8":
+        return {"weight": ("I8", (rows, columns)), "quant_bias": ("I32", (rows,)), "input_scale": ("F32", (1,)),
+                "input_offset": ("F32", (1,)), "deq_scale": ("F32", (rows,))}  # fmt: skip
+    return {"weight": ("I8", (rows, columns)), "weight_scale": ("F32", (rows, 1)), "weight_offset": ("F32", (rows, 1))}
+
+
+_TYPED = {suffix for kind in TYPES.values() for suffix in _tensors(kind, 1, 1)}
+
+
+def _carries(scheme: Scheme) -> bool:
+    return scheme.smooth is not None and scheme.smooth.way == "layer"
 
 
 def quantized_specs(layer: Linear, scheme: Scheme) -> list[Spec]:
-    """weight, weight_scale, weight_offset and, always in F32, bias."""
+    """The type's tensors, the bias (always in F32), and the scale of the input where the layer carries one."""
     rows, columns = layer.weight.shape
-    unit = unit_of(layer.name)
-    shapes = {"weight": (rows, columns), "weight_scale": (rows, 1), "weight_offset": (rows, 1)}
-    specs = [Spec(f"{layer.native}.{suffix}", dtype, shapes[suffix], unit) for suffix, dtype in _DYNAMIC.items()]
-    return specs + ([] if layer.bias is None else [Spec(f"{layer.native}.bias", "F32", (rows,), unit)])
+    unit, name = unit_of(layer.name), f"{layer.native}.{LINEAR}" if _carries(scheme) else layer.native
+    found = _tensors(TYPES[scheme.type], rows, columns)
+    specs = [Spec(f"{name}.{suffix}", dtype, shape, unit) for suffix, (dtype, shape) in found.items()]
+    specs += [] if layer.bias is None else [Spec(f"{name}.bias", "F32", (rows,), unit)]
+    return specs + ([Spec(f"{layer.native}.{MUL_SCALE}", "F32", (columns,), unit)] if _carries(scheme) else [])
 
 
 def encode(layer: QuantizedLinear) -> list[Tensor]:
     """Offsets are zero (symmetric) and never read, but msModelSlim writes them."""
-    tensors = [layer.codes, layer.scales, layer.scales.new_zeros(layer.scales.shape)]
-    return tensors + ([] if layer.bias is None else [layer.bias.float()])
+    if layer.scheme.type == "w8a8_static":
+        from streamq.methods.activation import static_tensors
+
+        input_scale, input_offset, deq_scale, quant_bias, _ = static_tensors(layer)
+        tensors = [layer.codes, quant_bias, input_scale, input_offset, deq_scale]
+    else:
+        tensors = [layer.codes, layer.scales, layer.scales.new_zeros(layer.scales.shape)]
+    tensors += [] if layer.bias is None else [layer.bias.float()]
+    return tensors + ([layer.smooth.reciprocal()] if _carries(layer.scheme) and layer.smooth is not None else [])
+
+
+def vector_specs(name: str, dim: int) -> list[Spec]:
+    """Nothing lies beside a norm."""
+    return []
+
+
+def encode_vector(smooth: Tensor) -> list[Tensor]:
+    """Nothing lies beside a norm."""
+    return []
 
 
 def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str) -> Spec:
@@ -103,8 +137,8 @@ def documents(
     description: dict[str, str] = {}
     for spec in specs:
         layer, _, suffix = spec.name.rpartition(".")
-        kind = types.get(layer)
-        description[spec.name] = TYPES[kind] if kind and suffix in _DYNAMIC else FLOAT
+        kind = types.get(layer.removesuffix(f".{LINEAR}"))
+        description[spec.name] = TYPES[kind] if kind and suffix in _TYPED else FLOAT
     description["model_quant_type"] = _quant_type(types)
     name = f"quant_model_description_{_quant_type(types).lower()}.json"
     found = {name: json.dumps(description, indent=4).encode()}
@@ -148,11 +182,13 @@ def _description(folder: Path) -> dict[str, str]:
 def layers_in(folder: Path, tensors: Mapping[str, Any]) -> dict[str, str]:
     """Layer -> streamq's type, by the description."""
     back = {word: kind for kind, word in TYPES.items()} | {FLOAT: "float"}
-    return {
-        name.removesuffix(".weight"): back.get(kind, kind)
-        for name, kind in _description(folder).items()
-        if name.endswith(".weight") and len(tensors[name].shape if name in tensors else ()) == 2
-    }
+    description, found = _description(folder), {}
+    for name, kind in description.items():
+        if name.endswith(".weight") and len(tensors[name].shape if name in tensors else ()) == 2:
+            layer = name.removesuffix(".weight").removesuffix(f".{LINEAR}")
+            smooth = "_smooth" if f"{layer}.{MUL_SCALE}" in description else ""
+            found[layer] = back.get(kind, kind) + smooth
+    return found
 
 
 def problems(folder: Path, tensors: Mapping[str, Any]) -> list[str]:
@@ -181,7 +217,7 @@ def problems(folder: Path, tensors: Mapping[str, Any]) -> list[str]:
     known = {FLOAT, *TYPES.values()}
     found += [f"{name}: unknown type {kind!r}" for name, kind in description.items() if kind not in known]
     for name, info in tensors.items():
-        if description.get(name) == TYPES["w8a8"] and name.endswith(".weight"):
+        if description.get(name) in TYPES.values() and name.endswith(".weight"):
             found += _layer_problems(name.removesuffix(".weight"), info, tensors, description)
     return found
 
@@ -190,22 +226,35 @@ def _layer_problems(
     layer: str, weight: Any, tensors: Mapping[str, Any], description: Mapping[str, str]
 ) -> list[str]:  # fmt: skip
     found = []
-    rows = weight.shape[0] if weight.shape else 0
-    expected = {"weight": ("I8", weight.shape), "weight_scale": ("F32", (rows, 1)), "weight_offset": ("F32", (rows, 1))}
-    for suffix, (dtype, shape) in expected.items():
+    rows, columns = weight.shape if len(weight.shape) == 2 else (0, 0)
+    kind = description[f"{layer}.weight"]
+    for suffix, (dtype, shape) in _tensors(kind, rows, columns).items():
         info = tensors.get(f"{layer}.{suffix}")
         if info is None:
             found.append(f"{layer}.{suffix}: missing")
         elif (info.dtype, tuple(info.shape)) != (dtype, tuple(shape)):
             found.append(f"{layer}.{suffix}: {info.dtype} {list(info.shape)}, must be {dtype} {list(shape)}")
-        elif description.get(f"{layer}.{suffix}") != TYPES["w8a8"]:
-            found.append(f"{layer}.{suffix}: typed {description.get(f'{layer}.{suffix}')}, must be {TYPES['w8a8']}")
+        elif description.get(f"{layer}.{suffix}") != kind:
+            found.append(f"{layer}.{suffix}: typed {description.get(f'{layer}.{suffix}')}, must be {kind}")
     bias = tensors.get(f"{layer}.bias")
     if bias is not None and (bias.dtype, tuple(bias.shape)) != ("F32", (rows,)):
         found.append(f"{layer}.bias: {bias.dtype} {list(bias.shape)}, must be F32 [{rows}]")
+    if layer.endswith(f".{LINEAR}"):
+        name = f"{layer.removesuffix(LINEAR)}{MUL_SCALE}"
+        scale = tensors.get(name)
+        if scale is None:
+            found.append(f"{name}: missing; without it mindiesd looks for {layer.removesuffix(f'.{LINEAR}')}.weight")
+        elif (scale.dtype, tuple(scale.shape)) != ("F32", (columns,)):
+            found.append(f"{name}: {scale.dtype} {list(scale.shape)}, must be F32 [{columns}]")
     return found
 
 
 def decode(tensors: Mapping[str, Tensor]) -> Tensor:
-    """codes · scale, float32 [out, in]."""
-    return tensors["weight"].float() * tensors["weight_scale"]
+    """codes · scale, float32 [out, in], times the input's scale where the layer carries one."""
+    below = f"{LINEAR}." if f"{LINEAR}.weight" in tensors else ""
+    if f"{below}deq_scale" in tensors:
+        scales = (tensors[f"{below}deq_scale"] / tensors[f"{below}input_scale"]).unsqueeze(1)
+    else:
+        scales = tensors[f"{below}weight_scale"]
+    weight = tensors[f"{below}weight"].float() * scales
+    return weight * tensors[MUL_SCALE] if below else weight

@@ -24,6 +24,8 @@ from streamq.errors import RunError, StreamqError, UsageError, nearest
 from streamq.options import QuantOptions, parse_size
 
 if TYPE_CHECKING:
+    from streamq.calibration.prepare import CalibJob
+    from streamq.calibration.store import CalibSet
     from streamq.plan import Plan
 
 
@@ -51,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
         ("plan", "say what quant would do, exactly, without doing it; reads headers only"),
     ):
         _add_quant_options(commands.add_parser(name, help=text, description=text, allow_abbrev=False))
+    text = "make cached calibration inputs"
+    _add_calib_options(commands.add_parser("calib", help=text, description=text, allow_abbrev=False))
     inspect = commands.add_parser("inspect", help="what a checkpoint or a quantized folder is", allow_abbrev=False)
     inspect.add_argument("path")
     verify = commands.add_parser("verify", help="check a quantized folder, offline", allow_abbrev=False)
@@ -82,6 +86,7 @@ def _add_quant_options(parser: argparse.ArgumentParser) -> None:
     add("--max_shard_size", metavar="SIZE", help="e.g. 5GB; mindie then writes shards")
     add("--max_host_memory", metavar="SIZE", help="budget, e.g. 4GiB")
     add("--max_device_memory", metavar="SIZE", help="budget, e.g. 4GiB")
+    add("--calib", type=Path, help="calibration inputs made by streamq calib; without it a recipe makes its own")
     add("--match", help="msmodelslim or lightx2v: that tool's arithmetic, byte for byte")
     add(
         "--read_ahead",
@@ -93,6 +98,36 @@ def _add_quant_options(parser: argparse.ArgumentParser) -> None:
     add("--trust_remote_code", choices=["True", "False"], default="False", help="accepted; no code is ever run")
     add("--seed", type=int, default=0)
     add("--quiet", action="store_true", help="no progress")
+    add("--json", action="store_true", help="one JSON object on stdout")
+    add("--debug", action="store_true", help="show tracebacks")
+
+
+def _add_calib_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model_path", required=True, help="folder, .safetensors file or hub id; a diffusers pipeline's is best")
+    add("--save_path", required=True, type=Path, help="output folder")
+    add("--model_type", help="Wan2_1, Wan2_2, …; left out: read off the tensors")
+    add("--mode", help="interpolate (default): noise mixed into latents; trajectory: the model's own denoising; dump")
+    add("--prompts", type=Path, metavar="FILE", help="a prompt a line, or .jsonl with text, image, negative_prompt")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="instead of a file; may be given several times")
+    add("--videos", type=Path, metavar="DIR", help="clips whose latents are used, through the pipeline's VAE")
+    add("--latents", type=Path, metavar="FILE", help="latents instead of clips, .safetensors")
+    add("--text_embeds", type=Path, metavar="FILE", help="text states instead of prompts, .safetensors")
+    add("--dump", type=Path, metavar="PATH", help="another tool's dump: msModelSlim's .pth, deepcompressor's folder")
+    add("--num_samples", type=int, metavar="N", help="for each expert (default 32)")
+    add("--size", metavar="W*H", help="of the video in pixels, e.g. 832*480 (default 448*256)")
+    add("--frame_num", type=int, metavar="N", help="frames, 4n + 1 (default 9)")
+    add("--sample_steps", type=int, metavar="N", help="steps of the schedule (default: the model's)")
+    add("--time_bins", type=int, metavar="N", help="parts of an expert's steps that samples are spread over (default 8)")
+    add("--guidance", type=float, help="of a trajectory (default: the model's)")
+    add("--shift", type=float, help="of the schedule (default: the pipeline's, or the model's)")
+    add("--dtype", choices=["bf16", "fp32"], default="bf16", help="to compute in (default bf16)")
+    add("--device", default="auto", help="auto, cpu, cuda[:i], npu[:i]")
+    add("--overwrite", action="store_true", help="discard the set that is in SAVE_PATH")
+    add("--max_host_memory", metavar="SIZE", help="budget, e.g. 4GiB")
+    add("--max_device_memory", metavar="SIZE", help="budget, e.g. 4GiB")
+    add("--seed", type=int, default=0)
+    add("--quiet", action="store_true", help="no cost, no progress")
     add("--json", action="store_true", help="one JSON object on stdout")
     add("--debug", action="store_true", help="show tracebacks")
 
@@ -110,7 +145,7 @@ def _options(args: argparse.Namespace) -> QuantOptions:
         quant_type=args.quant_type, config_path=args.config_path, formats=formats, layout=args.layout,
         device=args.device, resume=args.resume, overwrite=args.overwrite, max_shard_size=size("max_shard_size"),
         max_host_memory=size("max_host_memory") or None, max_device_memory=size("max_device_memory") or None,
-        match=args.match, trust_remote_code=args.trust_remote_code == "True", seed=args.seed,
+        match=args.match, calib=args.calib, trust_remote_code=args.trust_remote_code == "True", seed=args.seed,
         read_ahead=args.read_ahead, quiet=args.quiet, json=args.json, debug=args.debug,
     )  # fmt: skip
 
@@ -118,7 +153,8 @@ def _options(args: argparse.Namespace) -> QuantOptions:
 def _plan(args: argparse.Namespace) -> int:
     from streamq import display
     from streamq.journal import discardable
-    from streamq.plan import check_disk, make_plan
+    from streamq.plan import check_disk
+    from streamq.planner import make_plan
 
     plan = make_plan(_options(args), download=False)
     check_disk(plan, freed=sum(path.lstat().st_size for path in discardable(plan.options.save_path)))
@@ -133,7 +169,7 @@ def _plan(args: argparse.Namespace) -> int:
 def _quant(args: argparse.Namespace) -> int:
     from streamq import display
     from streamq.journal import discardable
-    from streamq.plan import make_plan
+    from streamq.planner import make_plan
 
     options = _options(args)
     plan = make_plan(options, download=True)
@@ -184,6 +220,52 @@ def _run(plan: Plan) -> int:
     return 0
 
 
+def _calib(args: argparse.Namespace) -> int:
+    from streamq import display
+    from streamq.calibration import prepare
+
+    def size(name: str) -> int | None:
+        text = getattr(args, name)
+        return None if text is None else parse_size(text, f"--{name}")
+
+    settings = prepare.settings_of(args)
+    budgets = size("max_host_memory"), size("max_device_memory")
+    job = prepare.prepare(settings, args.model_path, args.model_type, args.save_path.expanduser(), args.device, budgets,
+                          overwrite=args.overwrite)  # fmt: skip
+    done = job.finished
+    if done is None:
+        if not args.quiet:
+            display.show_calib_cost(job.outlook, settings)
+        display.warn(job.warnings)
+        done = _make_calib(args, job)
+    figures = display.calib_summary(done, job.outlook, job.warnings, made=job.finished is None)
+    if args.json:
+        print(json.dumps(figures, indent=1))
+    elif job.finished is not None or not args.quiet:
+        print(f"{figures['status']}: {done.path}, {sum(figures['experts'].values())} samples")
+    return 0
+
+
+def _make_calib(args: argparse.Namespace, job: CalibJob) -> CalibSet:
+    from streamq import display
+
+    torch = _import_torch()
+    from streamq.calibration import make
+    from streamq.device import open_device
+
+    device, save_path = open_device(args.device), job.save_path
+    try:
+        about = display.CalibProgress(quiet=args.quiet)
+        return make.make_set(save_path, job.settings, job.experts, job.source, device, about=about)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{save_path} holds no complete set, the same command starts again") from None
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise RunError(
+            f"out of memory ({' '.join(str(error).split())[:200]}); give a smaller --size, --frame_num or, for a"
+            " trajectory, --num_samples"
+        ) from error
+
+
 def _import_torch() -> Any:
     try:
         import torch
@@ -225,9 +307,9 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _recipes(args: argparse.Namespace) -> int:
-    from streamq import recipe
+    from streamq import recipe, resolve
 
-    library = recipe.library()
+    library = resolve.library()
     if args.name is not None:
         if args.name not in library:
             raise UsageError(
@@ -249,7 +331,7 @@ def _recipes(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"quant": _quant, "plan": _plan, "inspect": _inspect, "verify": _verify, "recipes": _recipes}
+COMMANDS = {"quant": _quant, "plan": _plan, "calib": _calib, "inspect": _inspect, "verify": _verify, "recipes": _recipes}
 
 
 def _underscores(argument: str) -> str:
@@ -276,8 +358,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGTERM, _interrupt)
         args = _parser().parse_args(given)
         return COMMANDS[args.command](args)
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print("; ".join(["error: interrupted", *map(str, stop.args)]), file=sys.stderr)
         return 130
     except BrokenPipeError:  # `streamq inspect | head`
         sys.stderr.close()

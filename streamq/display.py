@@ -17,6 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from streamq.calibration.prepare import Outlook
+from streamq.calibration.settings import CalibSettings
+from streamq.calibration.store import CalibSet
 from streamq.device import Device
 from streamq.errors import format_bytes
 from streamq.journal import Commit
@@ -75,13 +78,20 @@ class Display:
         if done and not self.quiet:
             self.console.print(f"resuming: {len(done)} of {self.units} units are committed already", highlight=False)
 
+    def said(self, text: str) -> None:
+        """See Watcher."""
+        if not self.quiet:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
     def committed(self, unit: Unit, commit: Commit) -> None:
         """See Watcher."""
         now = time.monotonic()
         self.units_done += 1
         self.bytes_done += _nbytes(unit)
         rate = (self.bytes_done - self.bytes_at_start) / max(now - self.began, 1e-9)
-        worst = max((error for layers in commit.layers.values() for error in layers.values()), default=None)
+        worst = max(
+            (about["rel_error"] for layers in commit.layers.values() for about in layers.values()), default=None
+        )
         used, _ = self.device.memory()
         figures = [f"{rate / 1e6:.0f} MB/s", f"{now - self.last:.2f} s"]
         figures += [f"error {worst:.3%}"] if worst is not None else []
@@ -218,3 +228,54 @@ def show_verdict(report: dict[str, Any]) -> None:
     count = len(report["files"])
     checked = f"{count} files hashed" if count else "no streamq.json: structure only, no checksum was checked"
     console.print(f"{'ok' if report['ok'] else str(len(report['problems'])) + ' problem(s)'} ({checked})")
+
+
+class CalibProgress:
+    """What `make_set` tells: what is synthetic and what is amiss always, how far it is unless `quiet`; on stderr."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.quiet = quiet
+
+    def __call__(self, line: str) -> None:
+        if self.quiet and not line.startswith(("synthetic:", "warning:")):
+            return
+        try:
+            print(" ".join(line.split()), file=sys.stderr, flush=True)
+        except OSError:  # whoever read it has gone: no reason to stop the work
+            self.quiet = True
+
+
+def show_calib_cost(outlook: Outlook, settings: CalibSettings) -> None:
+    """What a calibration set will cost, before any of it is paid, on stderr."""
+    experts = f" for each of {len(outlook.experts)} experts" if len(outlook.experts) > 1 else ""
+    if not outlook.tokens:
+        print(f"cost: at most {outlook.samples} samples{experts}, as large as the dump's calls", file=sys.stderr)
+        return
+    width, height = settings.size
+    lines = [f"{outlook.samples} samples{experts} of {outlook.tokens:,} tokens ({width}*{height}, {settings.frame_num}"
+             f" frames), {format_bytes(outlook.nbytes)} on disk"]  # fmt: skip
+    if outlook.forwards:
+        lines.append(
+            f"to make it: {outlook.prompts} videos denoised, {outlook.forwards} forwards, {outlook.make_flops / 1e15:.3g}"
+            f" PFLOP; {format_bytes(outlook.streams_nbytes)} of streams in memory"
+        )
+    else:
+        lines.append("to make it: no forward of a block")
+    lines.append(f"one replay of it in quant: {outlook.replay_flops / 1e15:.3g} PFLOP")
+    device = f", on the device {format_bytes(outlook.peak_device_bytes)}" if outlook.peak_device_bytes else ""
+    lines.append(f"peak memory about {format_bytes(outlook.peak_host_bytes)}{device}")
+    for line in lines:
+        print("cost:", line, file=sys.stderr)
+
+
+def calib_summary(done: CalibSet, outlook: Outlook, warnings: Iterable[str], *, made: bool) -> dict[str, Any]:
+    """The closing figures of `calib`, as `--json` prints them."""
+    return {
+        "status": "done" if made else "already done",
+        "save_path": str(done.path),
+        "experts": {name: len(part.samples) for name, part in done.experts.items()},
+        "bytes": sum(file.size for part in done.experts.values() for file in part.checkpoint.files),
+        "synthetic": done.document["synthetic"],
+        "warnings": [*warnings, *done.document["warnings"]],
+        "cost": outlook.to_json(),
+    }

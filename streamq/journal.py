@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ MANIFEST = "streamq.json"
 MANIFEST_MODE = 0o644
 MAX_MANIFEST_BYTES = 256 << 20
 SMALL_NBYTES = 1 << 20
+CACHE = "streamq-cache"  # folder of what a calibrated run keeps while it is unfinished
 # Where a run may have left files below its output folder, besides one folder a format.
 _SUBFOLDERS = ("high_noise_model", "low_noise_model", "transformer", "transformer_2")
 _SUFFIXES = (".safetensors", ".json", ".gguf", PARTIAL)
@@ -36,11 +38,18 @@ _SUFFIXES = (".safetensors", ".json", ".gguf", PARTIAL)
 
 @dataclass
 class Commit:
-    """One finished unit. `tensors`: file path -> tensor -> sha256. `layers`: format -> layer -> relative error."""
+    """One finished unit.
+
+    tensors: file path -> tensor -> sha256. layers: format -> layer -> its figures (`streamq.layers.quantize`).
+    vectors: format -> group -> smoothing vector, where it is folded into other tensors. streams: where the next block's
+    inputs lie (`streamq.calibration.cache`).
+    """
 
     unit: str
     tensors: dict[str, dict[str, str]] = field(default_factory=dict)
-    layers: dict[str, dict[str, float]] = field(default_factory=dict)
+    layers: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    vectors: dict[str, dict[str, str]] = field(default_factory=dict)
+    streams: dict[str, Any] = field(default_factory=dict)
 
 
 _COMMIT_KEYS = set(asdict(Commit("")))
@@ -61,6 +70,7 @@ class Journal:
 
     def remove(self) -> None:
         """The manifest is there: the journal has done its work."""
+        remove_cache(self.path.parent / CACHE)
         with disk_errors(self.path):
             self.path.with_name(self.path.name + PARTIAL).unlink(missing_ok=True)  # of a restart that was cut off
             self.path.unlink(missing_ok=True)
@@ -116,6 +126,7 @@ def _discard(path: Path) -> None:
     for old in sorted(discardable(path.parent) - {path}, key=lambda one: one.name != MANIFEST):
         with disk_errors(old):
             old.unlink(missing_ok=True)
+    remove_cache(path.parent / CACHE)
 
 
 def _begun_by_overwrite(plan: Plan, path: Path) -> bool:
@@ -235,7 +246,9 @@ def _read(plan: Plan, descriptor: int, path: Path) -> list[Commit] | None:
             " time of change differs); restore them, or start again with --no_resume"
         )
     commits = [
-        Commit(line["unit"], line["tensors"], line["layers"]) for line in lines[1:] if line.keys() == _COMMIT_KEYS
+        Commit(line["unit"], line["tensors"], line["layers"], line["vectors"], line["streams"])
+        for line in lines[1:]
+        if line.keys() == _COMMIT_KEYS
     ]
     units = [unit.key for unit in plan.units]
     if len(commits) < len(lines) - 1 or [commit.unit for commit in commits] != units[: len(commits)]:
@@ -321,7 +334,16 @@ def discardable(folder: Path) -> set[Path]:
     for place in places:
         if place.is_dir() and (place == folder or not place.is_symlink()):
             doomed |= {path for path in place.iterdir() if path.name.endswith(_SUFFIXES)}
+    if not (folder / CACHE).is_symlink():
+        doomed |= set((folder / CACHE).glob("*"))
     return {path for path in doomed if path.is_file() or path.is_symlink()}
+
+
+def remove_cache(folder: Path) -> None:
+    """The run is complete, or begins anew: what it kept between blocks goes."""
+    if folder.is_dir() and not folder.is_symlink():
+        with disk_errors(folder):
+            shutil.rmtree(folder)
 
 
 def open_files(plan: Plan, journal: Journal) -> list[ShardWriter]:
@@ -387,12 +409,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def write_manifest(plan: Plan, commits: list[Commit], hashes: dict[str, str]) -> dict[str, Any]:
     """Write `streamq.json`. `hashes`: path -> sha256 of every output file. Holds nothing that two runs differ in."""
     tensors: dict[str, dict[str, str]] = {}
-    errors: dict[str, dict[str, float]] = {}
+    figures: dict[str, dict[str, dict[str, Any]]] = {}
+    vectors: dict[str, dict[str, str]] = {}
     for commit in commits:
         for path, found in commit.tensors.items():
             tensors.setdefault(path, {}).update(found)
         for form, layers in commit.layers.items():
-            errors.setdefault(form, {}).update(layers)
+            figures.setdefault(form, {}).update(layers)
+        for form, found in commit.vectors.items():
+            vectors.setdefault(form, {}).update(found)
     sizes = {f.path: f.size for f in plan.files} | {path: len(content) for path, content, _ in plan.documents}
     model = plan.experts[0].expert.model
     document = {
@@ -404,15 +429,17 @@ def write_manifest(plan: Plan, commits: list[Commit], hashes: dict[str, str]) ->
         "model": {"family": model.family, "blocks": model.n_blocks, "vace_blocks": model.n_vace_blocks,
                   "dim": model.dim, "layout": model.layout, "experts": [p.expert.name for p in plan.experts]},
         "source": plan.sources,
+        **({"calibration": plan.calibration.identity} if plan.calibration else {}),
         "formats": {
             target.name: {
                 "folder": target.folder,
                 "recipe": target.recipe.document,
                 "layers": {
-                    name: {"type": kind} | _error(errors.get(target.name, {}).get(name))
+                    name: {"type": kind} | figures.get(target.name, {}).get(name, {})
                     for name, kind in plan.layers[target.name].items()
                 },
             }
+            | ({"smoothing": vectors[target.name]} if target.name in vectors else {})
             for target in plan.targets
         },
         "files": {
@@ -422,7 +449,3 @@ def write_manifest(plan: Plan, commits: list[Commit], hashes: dict[str, str]) ->
     }  # fmt: skip
     write_whole(plan.options.save_path / MANIFEST, json.dumps(document, indent=1).encode(), MANIFEST_MODE)
     return document
-
-
-def _error(value: float | None) -> dict[str, float]:
-    return {} if value is None else {"rel_error": value}

@@ -18,7 +18,7 @@ class QuantOptions:
     """`streamq quant` and `streamq plan`. Sizes in bytes, 0 or None for "not given".
 
     Change the bytes of the result, and so belong to the plan's identity: model_path's content, quant_type or
-    config_path, formats, layout, match, max_shard_size, seed, the kind of device.
+    config_path, formats, layout, match, max_shard_size, seed, calib's content, the kind of device.
     Do not, and may differ when a run is resumed: read_ahead, the budgets, quiet, json, debug.
     """
 
@@ -36,6 +36,7 @@ class QuantOptions:
     max_host_memory: int | None = None
     max_device_memory: int | None = None
     match: str | None = None
+    calib: Path | None = None
     trust_remote_code: bool = False
     seed: int = 0
     read_ahead: int = 1

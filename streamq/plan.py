@@ -1,4 +1,4 @@
-"""The plan: everything that a run will do, from headers and a recipe alone.
+"""The plan: everything that a run will do, from headers and a recipe alone. `streamq.planner` makes it.
 
 What is quantized and how, in which order, into which files at which offsets, how many bytes are moved, how much memory
 that takes, and a hash that says whether two plans make the same bytes. `pipeline.run` executes the plan and nothing but
@@ -10,21 +10,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from streamq import __version__, hub, recipe, wan
+from streamq import __version__, recipe, wan
+from streamq.calibration import plan as calibrations
+from streamq.calibration.plan import CalibPlan
 from streamq.checkpoint import TensorInfo
-from streamq.device import HOST_BASE, STAGE_CHUNK, STAGE_CHUNKS, MiB, kind_of
-from streamq.errors import UsageError, nearest
+from streamq.device import HOST_BASE, STAGE_CHUNK, STAGE_CHUNKS, MiB
+from streamq.errors import UsageError
 from streamq.options import QuantOptions
-from streamq.quantized import Scheme
-from streamq.savers import Format, SaveOptions, Spec, formats
-from streamq.savers.shard import Place, TensorFile, layout
+from streamq.quantized import Scheme, Smooth
+from streamq.savers import Format
+from streamq.savers.shard import Place, TensorFile
 
 COPY_CHUNK = 8 * MiB  # of tensors that pass through
 DEVICE_SCRATCH = 256 * MiB  # tiles of a method on an accelerator, and what its allocator rounds up
@@ -38,28 +39,36 @@ def aligned(nbytes: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What one target gets from one step: `scheme` None means the source's own bytes."""
+    """What one target gets from one step: `scheme` None means the source's own bytes.
+
+    `smooth`: a norm's tensor that is divided by this vector; or, in a step without sources, the vector itself.
+    """
 
     target: int
     scheme: Scheme | None
     places: tuple[Place, ...]
+    smooth: Smooth | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """The smallest piece of work: a linear layer (weight and bias), or one tensor that passes through.
 
-    `label` is what users see: the native name, after the expert's where there are two.
+    `label` is what users see: the native name, after the expert's where there are two. `name` is the diffusers name,
+    `tensors` are those of its sources. `replayed`: part of a block that calibration inputs go through.
     """
 
     label: str
+    name: str
+    tensors: tuple[str, ...]
     sources: tuple[TensorInfo, ...]
     outputs: tuple[Output, ...]
+    replayed: bool = False
 
     @property
-    def quantized(self) -> bool:
-        """Whether any target quantizes it; otherwise its bytes are copied in chunks."""
-        return any(output.scheme for output in self.outputs)
+    def held(self) -> bool:
+        """Whether it is worked on in the device's memory; otherwise its bytes are copied in chunks."""
+        return self.replayed or any(output.scheme for output in self.outputs)
 
     @property
     def nbytes(self) -> int:
@@ -67,10 +76,14 @@ class Step:
         return sum(info.nbytes for info in self.sources)
 
     @property
+    def schemes(self) -> set[Scheme]:
+        """The distinct ways in which it is quantized."""
+        return {output.scheme for output in self.outputs if output.scheme}
+
+    @property
     def working_nbytes(self) -> int:
         """Bytes that it takes in memory while it is worked on: its source, and the codes of each distinct scheme."""
-        schemes = {output.scheme for output in self.outputs if output.scheme}
-        codes = len(schemes) * math.prod(self.sources[0].shape)
+        codes = len(self.schemes) * math.prod(self.sources[0].shape)
         return sum(aligned(info.nbytes) for info in self.sources) + aligned(codes)
 
 
@@ -79,7 +92,13 @@ class Unit:
     """What is committed together: a block, or everything outside blocks. `key` is unique in the plan."""
 
     key: str
+    name: str
     steps: tuple[Step, ...]
+
+    @property
+    def replayed(self) -> bool:
+        """Whether calibration inputs go through it."""
+        return any(step.replayed for step in self.steps)
 
 
 @dataclass(frozen=True)
@@ -105,6 +124,7 @@ class Plan:
     """See the module. `documents` are (path relative to the output folder, content, mode).
 
     `arena_nbytes` is the memory that all layers at work share, on the device: it bounds how much is read ahead.
+    `replay_nbytes` is what a calibrated run takes on the device besides, `cache_nbytes` what it keeps in host memory.
     """
 
     options: QuantOptions
@@ -117,6 +137,9 @@ class Plan:
     layers: dict[str, dict[str, str]]
     arena_nbytes: int
     warnings: tuple[str, ...]
+    calibration: CalibPlan | None = None
+    replay_nbytes: int = 0
+    cache_nbytes: int = 0
 
     @property
     def units(self) -> list[Unit]:
@@ -134,14 +157,23 @@ class Plan:
         return sum(f.size for f in self.files) + sum(len(content) for _, content, _ in self.documents)
 
     @property
+    def scratch_nbytes(self) -> int:
+        """Bytes on the disk while the run lasts: two generations of the streams between blocks, and its own inputs."""
+        if self.calibration is None:
+            return 0
+        cache = [self.calibration.cache_nbytes(part.expert.name) for part in self.experts]
+        return 2 * max(cache) + (0 if self.calibration.given else sum(cache))
+
+    @property
     def peak_host_bytes(self) -> int:
         """Predicted peak of resident memory."""
-        return _host_fixed(self.device_kind) + (self.arena_nbytes if self.device_kind == "cpu" else 0)
+        at_work = self.arena_nbytes + self.replay_nbytes if self.device_kind == "cpu" else 0
+        return host_fixed(self.device_kind, self.calibration) + at_work + self.cache_nbytes
 
     @property
     def peak_device_bytes(self) -> int:
         """Predicted peak of device memory; 0 on the CPU."""
-        return 0 if self.device_kind == "cpu" else self.arena_nbytes + DEVICE_SCRATCH
+        return 0 if self.device_kind == "cpu" else self.arena_nbytes + self.replay_nbytes + DEVICE_SCRATCH
 
     @cached_property
     def hash(self) -> str:
@@ -152,6 +184,7 @@ class Plan:
             "layout": options.layout, "max_shard_size": options.max_shard_size,
             "sources": self.sources, "layers": self.layers,
             "recipes": {target.name: target.recipe.document for target in self.targets},
+            "calibration": self.calibration.identity if self.calibration else None,
             "documents": {path: hashlib.sha256(content).hexdigest() for path, content, _ in self.documents},
             "files": {file.path: hashlib.sha256(file.header).hexdigest() for file in self.files},
         }  # fmt: skip
@@ -168,6 +201,19 @@ class Plan:
             for part in self.experts
         }
 
+    def _calibration_json(self) -> dict[str, Any]:
+        assert self.calibration is not None
+        chosen, experts = self.calibration, [part.expert for part in self.experts]
+        return {
+            "inputs": str(chosen.given.path) if chosen.given else "made by the run",
+            "samples": chosen.samples,
+            "tokens": {name: shapes.tokens for name, shapes in chosen.shapes.items()},
+            "next_input": chosen.next_input,
+            "flops": chosen.flops(experts),
+            "cache_bytes": max(chosen.cache_nbytes(expert.name) for expert in experts),
+            "cache_in_memory": chosen.in_memory,
+        }
+
     def to_json(self) -> dict[str, Any]:
         """What `streamq plan --json` prints."""
         paths = [(f.path, f.size) for f in self.files] + [(path, len(content)) for path, content, _ in self.documents]
@@ -182,227 +228,31 @@ class Plan:
             "peak_host_bytes": self.peak_host_bytes,
             "peak_device_bytes": self.peak_device_bytes,
             "layers": self.layers[self.targets[0].name] if one else self.layers,
+            **({"calibration": self._calibration_json()} if self.calibration else {}),
             "warnings": list(self.warnings),
             "hash": self.hash,
         }
 
 
-def make_plan(options: QuantOptions, *, download: bool) -> Plan:
-    """Plan a run. Reads headers and small JSON files, writes nothing. `download`: a hub id may be fetched.
-
-    Raises UsageError for everything that would make the run fail or its result useless, as far as headers can tell.
-    """
-    source_path = hub.resolve(options.model_path, download=download)
-    try:
-        _check_paths(source_path, options.save_path)
-    except OSError as error:  # a name that is too long, links in a circle
+def check_disk(plan: Plan, freed: int = 0) -> None:
+    """Raise UsageError if the disk cannot hold the output. `freed`: bytes that will be removed before."""
+    place = existing_parent(plan.options.save_path)
+    free, need = shutil.disk_usage(place).free + freed, plan.bytes_to_write + plan.scratch_nbytes + DISK_RESERVE
+    if need > free:
         raise UsageError(
-            f"--save_path {str(options.save_path)[:200]}: {error.strerror}; give another folder"
-        ) from error
-    kind = kind_of(options.device)
-    experts = wan.open_model(source_path)
-    wan.check_model_type(options.model_type, experts)
-    for expert in experts:
-        _check_sources_outside(expert, options.save_path)
-    targets, warnings = _targets(options)
-    builder = _Builder(options, source_path, targets, warnings)
-    parts = tuple(builder.expert(expert) for expert in experts)
-    arena = _arena_nbytes(parts, options, kind)
-    return Plan(options, source_path, kind, tuple(targets), parts, tuple(builder.files), tuple(builder.documents),
-                builder.layers, arena, tuple(dict.fromkeys(builder.warnings)))  # fmt: skip
+            f"--save_path {plan.options.save_path}: {need} bytes are to be written, {free} are free on its disk;"
+            " make room or choose another disk"
+        )
 
 
-def _arena_nbytes(parts: tuple[ExpertPlan, ...], options: QuantOptions, kind: str) -> int:
-    """Room for the layer at work, `read_ahead` before and as many behind it, as far as the budgets allow."""
-    sizes = [step.working_nbytes for part in parts for unit in part.units for step in unit.steps if step.quantized]
-    window = 2 * options.read_ahead + 1
-    wanted, least = max(sum(sizes[i : i + window]) for i in range(len(sizes))), max(sizes)
-    budgets = [("--max_host_memory", options.max_host_memory, _host_fixed(kind), kind == "cpu")]
-    if kind != "cpu":
-        budgets.append(("--max_device_memory", options.max_device_memory, DEVICE_SCRATCH, True))
-    for option, budget, fixed, holds_arena in budgets:
-        need = fixed + least * holds_arena
-        if budget is not None and need > budget:
-            raise UsageError(
-                f"{option}: a budget of {budget} bytes, but the least that this run can do with is {need}"
-                f" ({fixed} before the first weight, {need - fixed} for the largest layer); raise the budget"
-            )
-        if budget is not None and holds_arena:
-            wanted = min(wanted, budget - fixed)
-    return wanted
-
-
-def _host_fixed(kind: str) -> int:
-    return HOST_BASE[kind] + COPY_CHUNK + (0 if kind == "cpu" else 2 * STAGE_CHUNK * STAGE_CHUNKS)
-
-
-def _check_paths(source: Path, save_path: Path) -> None:
-    model, save = source.resolve(), save_path.resolve()
-    for inner, outer, relation in ((save, model, "inside"), (model, save, "above")):
-        if inner == outer:
-            raise UsageError(f"--save_path {save_path}: the same as --model_path; choose a folder beside it")
-        if inner.is_relative_to(outer):
-            raise UsageError(
-                f"--save_path {save_path}: lies {relation} --model_path {source}; choose a folder beside it"
-            )
-    if os.path.lexists(save_path) and not save_path.is_dir():
-        kind = "a link to nowhere" if save_path.is_symlink() else "a file"
-        raise UsageError(f"--save_path {save_path}: {kind}; give a folder")
-    parent = _existing_parent(save_path)
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(f"--save_path {save_path}: {parent} cannot be written to; check its permissions")
-
-
-def _check_sources_outside(expert: wan.Expert, save_path: Path) -> None:
-    save = save_path.resolve()
-    for file in expert.model.checkpoint.files:
-        if file.path.resolve().is_relative_to(save):
-            raise UsageError(
-                f"--save_path {save_path}: holds the source file {file.path.resolve()}; choose another folder"
-            )
-
-
-def _existing_parent(path: Path) -> Path:
+def existing_parent(path: Path) -> Path:
     parent = path.absolute()
     while not parent.exists():
         parent = parent.parent
     return parent
 
 
-def _targets(options: QuantOptions) -> tuple[list[Target], list[str]]:
-    known = formats()
-    for name in options.formats:
-        if name not in known:
-            raise UsageError(
-                f"--format {name}: unknown; this version has {', '.join(known)}{nearest(name, tuple(known))}"
-            )
-    if options.config_path is not None and options.quant_type is not None:
-        raise UsageError("--config_path and --quant_type exclude each other; give one of them")
-    if options.config_path is None and options.quant_type is None:
-        raise UsageError("neither --quant_type nor --config_path; say what to do, e.g. --quant_type w8a8")
-    if options.config_path is not None:
-        given = recipe.load_recipe(options.config_path)
-        chosen = {name: given for name in options.formats or (given.format or "mindie",)}
-    else:
-        assert options.quant_type is not None
-        chosen = {}
-        for wanted in options.formats or (None,):
-            found = recipe.recipe_for(options.quant_type, wanted)
-            chosen[wanted or found.format or "mindie"] = found
-    targets = [Target(name, known[name], found, name if len(chosen) > 1 else "") for name, found in chosen.items()]
-    tools = {tool for target in targets for tool in target.format.RULES if tool}
-    if options.match and options.match not in tools:
-        every = ", ".join(f"{t} (format {n})" for n, f in known.items() for t in f.RULES if t)
-        raise UsageError(f"--match {options.match}: not a tool whose bytes these formats can match; known: {every}")
-    if options.layout != "block" and "lightx2v" not in chosen:
-        raise UsageError(f"--layout {options.layout}: a setting of lightx2v, which is not written here; leave it out")
-    warnings = ["--trust_remote_code True: streamq runs no code out of a checkpoint"] * options.trust_remote_code
-    if options.max_device_memory is not None and kind_of(options.device) == "cpu":
-        warnings.append("--max_device_memory: ignored, the device is the cpu; its memory is --max_host_memory")
-    return targets, warnings
-
-
-class _Builder:
-    """Grows the parts of a plan that are shared by experts and targets: numbered files, documents, layers, warnings."""
-
-    def __init__(self, options: QuantOptions, source_path: Path, targets: list[Target], warnings: list[str]) -> None:
-        self.options = options
-        self.source_path = source_path
-        self.targets = targets
-        self.warnings = warnings
-        self.files: list[TensorFile] = []
-        self.documents: list[tuple[str, bytes, int]] = []
-        self.layers: dict[str, dict[str, str]] = {target.name: {} for target in targets}
-
-    def expert(self, expert: wan.Expert) -> ExpertPlan:
-        model = expert.model
-        self.warnings.extend(model.warnings)
-        by_target = [self.target(target, expert) for target in self.targets]
-        prefix = f"{expert.name}/" if expert.name else ""
-        steps: dict[str, list[Step]] = {}
-        for name, sources in _pieces(model).items():
-            outputs = tuple(
-                Output(number, schemes.get(name), tuple(places[spec] for spec in specs[name]))
-                for number, (schemes, specs, places) in enumerate(by_target)
-            )
-            steps.setdefault(wan.unit_of(name), []).append(Step(prefix + wan.to_native(name), sources, outputs))
-        return ExpertPlan(expert, tuple(Unit(prefix + unit, tuple(found)) for unit, found in steps.items()))
-
-    def target(
-        self, target: Target, expert: wan.Expert
-    ) -> tuple[dict[str, Scheme], dict[str, list[str]], dict[str, Place]]:
-        """Schemes by layer, written names by piece, and the place of each written name, for one format and expert."""
-        model, form = expert.model, target.format
-        pairs, warnings = recipe.resolve(target.recipe, [linear.native for linear in model.linears])
-        linears = {linear.name: linear for linear in model.linears}
-        schemes = {n: self.scheme(target, pair) for n, linear in linears.items() if (pair := pairs[linear.native])}
-        types = {linear.native: schemes[n].type if n in schemes else None for n, linear in linears.items()}
-        save = SaveOptions(self.options.layout, self.options.max_shard_size or target.recipe.part_file_size * (1 << 30))
-        self.warnings.extend([*warnings, *form.check(types, save)])
-        written: dict[str, list[Spec]] = {}
-        for name, sources in _pieces(model).items():
-            if name in schemes:
-                written[name] = form.quantized_specs(linears[name], schemes[name])
-            else:
-                unit = wan.unit_of(name)
-                written[name] = [form.passed_spec(model.native_name(s), s.dtype, s.shape, unit) for s in sources]
-        files = form.files([spec for specs in written.values() for spec in specs], types, save)
-        folder = "/".join(part for part in (target.folder, expert.name) if part)
-        places = self.place(files, folder, form.MODE)
-        beside = [self.source_path, model.checkpoint.root] if self.source_path.is_dir() else []
-        for document in form.documents(model, files, types, save, beside):
-            self.documents.append((f"{folder}/{document.name}".lstrip("/"), document.content, form.MODE))
-        label = f"{expert.name}/" if expert.name else ""
-        self.layers[target.name] |= {label + name: kind or "float" for name, kind in types.items()}
-        return schemes, {name: [spec.name for spec in specs] for name, specs in written.items()}, places
-
-    def scheme(self, target: Target, pair: recipe.Pair) -> Scheme:
-        assert pair.type is not None
-        if pair.type not in target.format.TYPES:
-            others = [name for name, form in formats().items() if pair.type in form.TYPES]
-            instead = f"it is written for {', '.join(others)}" if others else "no format of this version has it"
-            raise UsageError(
-                f"type {pair.type} does not go into the format {target.name}: {instead};"
-                f" {target.name} has {', '.join(target.format.TYPES)}"
-            )
-        rule = target.format.RULES.get(self.options.match) or target.format.RULES[None]
-        convert = target.recipe.model_config.get("convert_model_dtype")
-        if rule.arithmetic == "source" and self.options.match == "msmodelslim" and convert:
-            rule = replace(rule, arithmetic="bf16")  # the tool to be matched would load the model so
-        return Scheme(pair.type, pair, rule)
-
-    def place(self, files: list[tuple[str, list[Spec]]], folder: str, mode: int) -> dict[str, Place]:
-        places: dict[str, Place] = {}
-        for name, specs in files:
-            file, found = layout(f"{folder}/{name}".lstrip("/"), len(self.files), specs, mode)
-            self.files.append(file)
-            for place in found:
-                if place.name in places:
-                    raise UsageError(f"{place.name}: two source tensors would be written under this name")
-                places[place.name] = place
-        return places
-
-
-def _pieces(model: wan.Model) -> dict[str, tuple[TensorInfo, ...]]:
-    """Step name -> its tensors, in model order: linear layers whole, everything else one by one."""
-    linears = {linear.name: linear for linear in model.linears}
-    pieces: dict[str, tuple[TensorInfo, ...]] = {}
-    for name, info in model.tensors.items():
-        layer = name.rpartition(".")[0]
-        if layer in linears and name == f"{layer}.weight":
-            bias = linears[layer].bias
-            pieces[layer] = (info,) if bias is None else (info, bias)
-        elif not (layer in linears and name == f"{layer}.bias"):
-            pieces[name] = (info,)
-    return pieces
-
-
-def check_disk(plan: Plan, freed: int = 0) -> None:
-    """Raise UsageError if the disk cannot hold the output. `freed`: bytes that will be removed before."""
-    place = _existing_parent(plan.options.save_path)
-    free, need = shutil.disk_usage(place).free + freed, plan.bytes_to_write + DISK_RESERVE
-    if need > free:
-        raise UsageError(
-            f"--save_path {plan.options.save_path}: {need} bytes are to be written, {free} are free on its disk;"
-            " make room or choose another disk"
-        )
+def host_fixed(kind: str, calibration: CalibPlan | None) -> int:
+    """Bytes of the host's memory that are taken before the first weight."""
+    staged = 0 if kind == "cpu" else 2 * STAGE_CHUNK * STAGE_CHUNKS
+    return HOST_BASE[kind] + COPY_CHUNK + staged + (calibrations.DIFFUSERS_BASE if calibration else 0)

@@ -35,7 +35,7 @@ class Smooth:
 
     `method`: smoothquant (s = amax_x^alpha / amax_w^(1 - alpha)), search (the alpha of least output error) or awq
     (s = mean_x^r, r searched). `layers`: diffusers names of the quantized layers that it is made over. `way`: where 1/s
-    goes, one of wan.WAYS.
+    goes, one of wan.WAYS. `base`: the first layer's scheme without smoothing, by which candidates are tried.
     """
 
     method: str
@@ -44,6 +44,7 @@ class Smooth:
     group: str
     layers: tuple[str, ...]
     way: str
+    base: Scheme
 
 
 @dataclass(frozen=True)

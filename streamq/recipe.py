@@ -4,7 +4,8 @@ A recipe is `apiversion: multimodal_sd_modelslim_v1` with `spec.process` (what t
 format) and `spec.multimodal_sd_config` (calibration settings). Whatever is not understood is an error that names the
 key's dotted path, because a key that is silently ignored is a model that is silently not quantized.
 
-Knows names and patterns; opens no checkpoint and needs no torch. `overrides` in a `linear_quant` step is streamq's own.
+Opens no checkpoint and needs no torch; `streamq.resolve` says what a recipe does to a model's layers. streamq's own are
+`overrides` in a `linear_quant` step, `method` and `alpha: search` in a smoothing step, and `spec.calibration`.
 """
 
 from __future__ import annotations
@@ -13,61 +14,33 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import bracex
 import yaml
-from wcmatch import fnmatch
 
 from streamq.errors import UsageError, nearest
+from streamq.patterns import MAX_EXPANSIONS, regexes
+from streamq.recipe_keys import (
+    CALIBRATION_RANGES,
+    CALIBRATION_TEXTS,
+    EXT_KEYS,
+    LATER_KINDS,
+    MODEL_CONFIG_KEYS,
+    NEXT_INPUTS,
+    PROCESS_KINDS,
+    QCONFIG_VALUES,
+    SAVERS,
+    SMOOTH_ALPHA,
+    SMOOTH_METHODS,
+    SUBGRAPHS,
+)
 
 APIVERSION = "multimodal_sd_modelslim_v1"
 MAX_RECIPE_BYTES = 1 << 20
 MAX_RECIPE_NODES = 100_000
-MAX_EXPANSIONS = 1000  # of the braces in one pattern
 MAX_PATTERN_LENGTH, MAX_PATTERN_STARS = 200, 8  # msModelSlim's length; more stars only make matching slow
-
-SAVERS = {"mindie_format_saver": "mindie", "lightx2v_format_saver": "lightx2v"}
-PROCESS_KINDS = {
-    "linear_quant": {"type", "qconfig", "include", "exclude", "overrides"},
-}
-LATER_KINDS = {
-    "online_quarot": "needs the MXFP types, which this version does not write",
-    "fa3_quant": "needs the MXFP types, which this version does not write",
-    "iter_smooth": "needs calibration data, which this version does not make",
-    "smooth_quant": "needs calibration data, which this version does not make",
-}
-QCONFIG_VALUES: dict[str, tuple[str, ...]] = {
-    "act.scope": ("per_token", "per_tensor", "per_block", "per_group"),
-    "act.dtype": ("int8", "mxfp8", "mxfp4", "float"),
-    "act.method": ("minmax", "none"),
-    "weight.scope": ("per_channel", "per_tensor", "per_block"),
-    "weight.dtype": ("int8", "mxfp8", "mxfp4"),
-    "weight.method": ("minmax", "mse", "mse_round", "ceil_x"),
-}
-_INTS = (
-    "frame_num sample_steps base_seed cfg_size ulysses_size ring_size tp_size attentioncache_interval start_step"
-    " end_step sparse_start_step"
-)
-_FLOATS = "sample_shift attentioncache_ratio sparsity"
-_BOOLS = (
-    "offload_model convert_model_dtype vae_parallel t5_fsdp t5_cpu dit_fsdp use_prompt_extend use_attentioncache"
-    " use_rainfusion"
-)
-_TEXTS = (
-    "prompt size task image sample_solver ckpt_dir save_file quant_dit_path prompt_extend_method prompt_extend_model"
-    " prompt_extend_target_lang"
-)
-MODEL_CONFIG_KEYS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(_INTS.split(), (int,)),
-    **dict.fromkeys(_FLOATS.split(), (int, float)),
-    **dict.fromkeys(_BOOLS.split(), (bool,)),
-    **dict.fromkeys(_TEXTS.split(), (str,)),
-    "sample_guide_scale": (int, float, list),
-}
 
 
 @dataclass(frozen=True)
@@ -127,14 +100,30 @@ class LinearQuant:
 
 
 @dataclass(frozen=True)
+class SmoothStep:
+    """A smoothing step: which layers' groups it takes, and how their vectors are found.
+
+    `method` smoothquant (alpha given), search (alpha searched) or awq; see `streamq.quantized.Smooth`.
+    """
+
+    method: str
+    alpha: float
+    scale_min: float
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    path: str
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A recipe, checked. `document` is what the manifest keeps: the YAML without keys that only carry anchors."""
 
     name: str
-    process: tuple[LinearQuant, ...]
+    process: tuple[LinearQuant | SmoothStep, ...]
     format: str | None
     part_file_size: int
     model_config: dict[str, Any]
+    calibration: dict[str, Any]
     document: dict[str, Any]
     warnings: tuple[str, ...] = field(default=())
 
@@ -232,7 +221,7 @@ class _Reader:
                     f" {MAX_PATTERN_STARS}",
                 )
             try:
-                _regexes(pattern)
+                regexes(pattern)
             except bracex.ExpansionLimitException as error:
                 raise self.fail(f"{path}.{i}", f"{pattern!r} stands for more than {MAX_EXPANSIONS} patterns") from error
         return tuple(value)
@@ -247,7 +236,7 @@ class _Reader:
         if "spec" not in top:
             close = nearest("spec", tuple(k for k in top if isinstance(k, str)))
             raise self.fail("spec", f"missing: a recipe says under spec.process what to quantize{close}")
-        known = ("process", "save", "dataset", "runner", "prior", "multimodal_sd_config")
+        known = ("process", "save", "dataset", "runner", "prior", "multimodal_sd_config", "calibration")
         spec = self.mapping(top["spec"], "spec", known)
         if spec.get("prior"):
             raise self.fail("spec.prior", "prior stages are not supported; take them out")
@@ -255,10 +244,16 @@ class _Reader:
             raise self.fail("spec.process", "no step at all: nothing would be quantized")
         steps = self.sequence(spec["process"], "spec.process")
         process = tuple(self.step(step, f"spec.process.{i}") for i, step in enumerate(steps))
+        for i, step in enumerate(process):
+            if isinstance(step, SmoothStep) and any(isinstance(earlier, LinearQuant) for earlier in process[:i]):
+                raise self.fail(step.path, "smoothing after linear_quant; put it before: it changes the weights")
+        if not any(isinstance(step, LinearQuant) for step in process):
+            raise self.fail("spec.process", "no linear_quant step: nothing would be quantized")
         form, part_file_size = self.save(spec.get("save"))
         model_config = self.multimodal(spec.get("multimodal_sd_config"))
         kept: dict[str, Any] = {key: _plain(top[key]) for key in ("apiversion", "metadata", "spec") if key in top}
-        return Recipe(name, process, form, part_file_size, model_config, kept, tuple(self.warnings))
+        calibration = self.calibration(spec.get("calibration"))
+        return Recipe(name, process, form, part_file_size, model_config, calibration, kept, tuple(self.warnings))
 
     def count_nodes(self, value: Any) -> None:
         """A few lines of nested anchors can stand for billions of values: count before anything walks them."""
@@ -273,7 +268,7 @@ class _Reader:
             elif isinstance(item, (list, tuple, set)):
                 stack.extend(item)
 
-    def step(self, value: Any, path: str) -> LinearQuant:
+    def step(self, value: Any, path: str) -> LinearQuant | SmoothStep:
         if not isinstance(value, dict):
             raise self.fail(path, f"{_kind(value)} where a mapping with `type` belongs")
         kind = value.get("type")
@@ -283,6 +278,8 @@ class _Reader:
             close = nearest(str(kind), tuple(PROCESS_KINDS))
             raise self.fail(f"{path}.type", f"unknown step {kind!r}; supported: {', '.join(PROCESS_KINDS)}{close}")
         self.mapping(value, path, PROCESS_KINDS[kind])
+        if kind != "linear_quant":
+            return self.smooth(value, path, kind)
         pair = self.pair(value.get("qconfig"), f"{path}.qconfig", None)
         include = self.patterns(value.get("include", ["*"]), f"{path}.include")
         exclude = self.patterns(value.get("exclude", []), f"{path}.exclude")
@@ -291,6 +288,59 @@ class _Reader:
             for i, item in enumerate(self.sequence(value.get("overrides", []), f"{path}.overrides"))
         )
         return LinearQuant(pair, include, exclude, overrides, path)
+
+    def smooth(self, value: dict[str, Any], path: str, kind: str) -> SmoothStep:
+        method = self.word(value.get("method", "smoothquant"), f"{path}.method", SMOOTH_METHODS)
+        alpha = value.get("alpha", SMOOTH_ALPHA[kind])
+        if alpha == "search" and method == "smoothquant":
+            method, alpha = "search", 0.0
+        self.number(alpha, f"{path}.alpha", (0.0, 1.0))
+        scale_min = self.number(value.get("scale_min", 1e-5), f"{path}.scale_min", (1e-12, 1.0))
+        if value.get("symmetric", True) is not True:
+            raise self.fail(f"{path}.symmetric", f"{value['symmetric']!r}; inputs are scaled here, never shifted")
+        for i, subgraph in enumerate(
+            self.sequence(value.get("enable_subgraph_type", []), f"{path}.enable_subgraph_type")
+        ):
+            self.word(subgraph, f"{path}.enable_subgraph_type.{i}", SUBGRAPHS)
+        # Wan has no other kind in msModelSlim's adapter, so that a list without it smooths nothing there.
+        if value.get("enable_subgraph_type", ["norm-linear"]).count("norm-linear") == 0:
+            raise self.fail(f"{path}.enable_subgraph_type", "without norm-linear, which all of Wan's groups are")
+        include = self.patterns(_given(value, "include", ["*"]), f"{path}.include")
+        exclude = self.patterns(_given(value, "exclude", []), f"{path}.exclude")
+        return SmoothStep(method, float(alpha), scale_min, include, exclude, path)
+
+    def number(self, value: Any, path: str, bounds: tuple[Any, Any]) -> Any:
+        """A number between bounds, of their kind: whole if they are whole."""
+        least, most = bounds
+        whole = isinstance(least, int)
+        right = isinstance(value, int) if whole else isinstance(value, (int, float))
+        if not right or isinstance(value, bool) or not least <= value <= most:
+            kind = "a whole number" if whole else "a number"
+            raise self.fail(path, f"{value!r}; {kind} from {least} to {most}")
+        return value if whole else float(value)
+
+    def calibration(self, value: Any) -> dict[str, Any]:
+        path = "spec.calibration"
+        item = self.optional(value, path, (*CALIBRATION_RANGES, *CALIBRATION_TEXTS, "prompts"))
+        found: dict[str, Any] = {}
+        for key, given in item.items():
+            if key in CALIBRATION_RANGES:
+                found[key] = self.number(given, f"{path}.{key}", CALIBRATION_RANGES[key])
+            elif key == "next_input":
+                found[key] = self.word(given, f"{path}.{key}", NEXT_INPUTS)
+            elif key == "dtype":
+                found[key] = self.word(given, f"{path}.{key}", ("bf16", "fp32"))
+            elif key == "prompts":
+                texts = self.sequence(given, f"{path}.{key}")
+                for i, text in enumerate(texts):
+                    if not isinstance(text, str):
+                        raise self.fail(f"{path}.prompts.{i}", f"{text!r} is {_kind(text)}, not text")
+                found[key] = texts
+            elif not isinstance(given, str):
+                raise self.fail(f"{path}.{key}", f"{given!r} is {_kind(given)}; width*height, e.g. 832*480")
+            else:
+                found[key] = given
+        return found
 
     def override(self, value: Any, path: str, base: Pair) -> Override:
         item = self.mapping(value, path, ("include", "qconfig"))
@@ -325,8 +375,12 @@ class _Reader:
             raise self.fail(f"{path}.weight.symmetric", "False; int8 weights are symmetric in every supported runtime")
         if pair.type == "w8a8" and not pair.act.symmetric:
             raise self.fail(f"{path}.act.symmetric", "False; per-token activations are symmetric in the runtimes")
-        if pair.weight.dtype == "int8" and pair.weight.method not in ("minmax", "mse"):
-            raise self.fail(f"{path}.weight.method", f"{pair.weight.method!r}; int8 weights have minmax, mse")
+        if pair.weight.dtype == "int8" and pair.weight.method not in ("minmax", "mse", "gptq"):
+            raise self.fail(f"{path}.weight.method", f"{pair.weight.method!r}; int8 weights have minmax, mse, gptq")
+        if pair.weight.method == "gptq" and pair.weight.scope != "per_channel":
+            raise self.fail(f"{path}.weight.scope", f"{pair.weight.scope!r}; gptq has a scale per_channel")
+        if pair.act.method in ("percentile", "mse") and pair.act.scope != "per_tensor":
+            raise self.fail(f"{path}.act.method", f"{pair.act.method!r}; only for per_tensor, which is static")
         return pair
 
     def qconfig(self, value: Any, path: str, operand: str, default: QConfig) -> QConfig:
@@ -338,11 +392,24 @@ class _Reader:
                 self.word(given[key], f"{path}.{key}", QCONFIG_VALUES[f"{operand}.{key}"])
         if not isinstance(given.get("symmetric", True), bool):
             raise self.fail(f"{path}.symmetric", f"{given['symmetric']!r} is not True or False")
-        ext = self.optional(given.get("ext"), f"{path}.ext", ())
+        method = given.get("method", default.method)
+        keys = EXT_KEYS.get(f"{operand}.{method}", {})
+        ext = self.optional(given.get("ext"), f"{path}.ext", keys)
+        for key, item in ext.items():
+            self.ext(item, f"{path}.ext.{key}", keys[key])
         changes: dict[str, Any] = {k: given[k] for k in ("scope", "dtype", "symmetric", "method") if k in given}
         if "ext" in given:
             changes["ext"] = tuple(sorted(ext.items()))
         return replace(default, **changes)
+
+    def ext(self, value: Any, path: str, allowed: tuple[Any, ...]) -> None:
+        if isinstance(allowed[0], bool):
+            if not isinstance(value, bool):
+                raise self.fail(path, f"{value!r} is not True or False")
+        elif isinstance(allowed[0], str):
+            self.word(value, path, allowed)
+        else:
+            self.number(value, path, (allowed[0], allowed[1]))
 
     def save(self, value: Any) -> tuple[str | None, int]:
         if value is None:
@@ -385,6 +452,11 @@ class _Reader:
         return config
 
 
+def _given(mapping: dict[str, Any], key: str, default: Any) -> Any:
+    """msModelSlim writes `include: null` for its default."""
+    return default if mapping.get(key) is None else mapping[key]
+
+
 def _plain(value: Any) -> Any:
     """The same value as JSON has it: YAML also knows dates, sets and keys that are not text."""
     if isinstance(value, dict):
@@ -400,90 +472,3 @@ def _plain(value: Any) -> Any:
 def _kind(value: Any) -> str:
     names = {dict: "a mapping", list: "a list", str: "text", bool: "a truth value", type(None): "nothing"}
     return names.get(type(value), f"a {type(value).__name__}")
-
-
-def matches(name: str, pattern: str) -> bool:
-    """msModelSlim's rule: equal, or `wcmatch.fnmatch` with braces. `*` crosses dots, case matters, whole names only."""
-    return name == pattern or any(regex.fullmatch(name) for regex in _regexes(pattern))
-
-
-@lru_cache(maxsize=1000)
-def _regexes(pattern: str) -> list[re.Pattern[str]]:
-    expanded = bracex.expand(pattern, keep_escapes=True, limit=MAX_EXPANSIONS)
-    return [re.compile(text) for text in fnmatch.translate(expanded, flags=fnmatch.CASE)[0]]
-
-
-def resolve(recipe: Recipe, layers: Iterable[str]) -> tuple[dict[str, Pair | None], list[str]]:
-    """Decide for every layer (native module name without `.weight`) what the recipe does to it; None leaves it float.
-
-    The first step that takes a layer keeps it. Returns the decisions and warnings.
-    Raises UsageError for an `include` that matches nothing and for a recipe that quantizes nothing.
-    """
-    names = list(layers)
-    chosen: dict[str, Pair | None] = dict.fromkeys(names)
-    warnings = list(recipe.warnings)
-    taken: set[str] = set()
-    for step in recipe.process:
-        _check_includes(recipe, step.include, f"{step.path}.include", names)
-        for i, pattern in enumerate(step.exclude):
-            if not any(matches(name, pattern) for name in names):
-                warnings.append(f"recipe {recipe.name}: {step.path}.exclude.{i}: {pattern!r} matches no layer")
-        for override in step.overrides:
-            _check_includes(recipe, override.include, f"{override.path}.include", names)
-        for name in names:
-            if name in taken or not any(matches(name, p) for p in step.include):
-                continue
-            if any(matches(name, p) for p in step.exclude):
-                continue
-            taken.add(name)
-            chosen[name] = step.pair
-            for override in step.overrides:
-                if any(matches(name, p) for p in override.include):
-                    chosen[name] = override.pair
-    if not any(chosen.values()):
-        raise UsageError(
-            f"recipe {recipe.name}: spec.process: quantizes none of the {len(names)} linear layers; loosen include or"
-            f" exclude (layers are named like {names[0]})"
-        )
-    return chosen, warnings
-
-
-def _check_includes(recipe: Recipe, patterns: tuple[str, ...], path: str, names: list[str]) -> None:
-    for i, pattern in enumerate(patterns):
-        if pattern != "*" and not any(matches(name, pattern) for name in names):
-            close = nearest(pattern, tuple(names)) or f"; layers are named like {names[0]}"
-            raise UsageError(f"recipe {recipe.name}: {path}.{i}: {pattern!r} matches no linear layer{close}")
-
-
-def library() -> dict[str, str]:
-    """The shipped recipes: name -> YAML text."""
-    # A folder of YAML alone is no package, and an editable install does not map it: it lies beside the savers.
-    savers = find_spec("streamq.savers")
-    assert savers is not None and savers.origin is not None
-    folder = Path(savers.origin).parents[1] / "recipes"
-    return {path.stem: path.read_text("utf-8") for path in sorted(folder.glob("*.yaml"))}
-
-
-def recipe_for(quant_type: str, form: str | None) -> Recipe:
-    """The library's recipe for a quantization type and a format (None: the type's first format), or one by its name.
-
-    A library recipe says in `metadata` which `quant_type` it is and which `formats` it serves. Raises UsageError.
-    """
-    recipes = {name: parse_recipe(text, name, f"recipe {name}") for name, text in library().items()}
-    served: dict[str, list[tuple[str, Recipe]]] = {}
-    for recipe in recipes.values():
-        about = recipe.document["metadata"]
-        served.setdefault(about["quant_type"], []).extend((f, recipe) for f in about["formats"])
-    if quant_type in served:
-        rows = sorted(served[quant_type], key=lambda row: row[0] != row[1].format)
-        for row_format, recipe in rows:
-            if form in (None, row_format):
-                return recipe
-        formats = ", ".join(row_format for row_format, _ in rows)
-        raise UsageError(f"--quant_type {quant_type} is not written in the format {form}; it is in: {formats}")
-    if quant_type in recipes:
-        return recipes[quant_type]
-    known = tuple(served)
-    raise UsageError(
-        f"--quant_type {quant_type}: no such type here; have: {', '.join(known)}{nearest(quant_type, known)}"
-    )

@@ -29,6 +29,9 @@ class Watcher(Protocol):
     def committed(self, unit: Unit, commit: Commit) -> None:
         """A unit's bytes are on the disk for good."""
 
+    def said(self, text: str) -> None:
+        """A plain sentence about calibration inputs that are being made."""
+
 
 class Arena:
     """A ring of device memory, allocated once: each layer takes a region, and gives it back in the same order."""

@@ -43,7 +43,7 @@ from resume_kit import (
 from streamq import journal as journals
 from streamq.errors import UsageError
 from streamq.options import QuantOptions
-from streamq.plan import make_plan
+from streamq.planner import make_plan
 
 # 5. What is found on the second start.
 

@@ -34,7 +34,7 @@ from recipe_kit import (  # noqa: F401 - fixtures
 )
 from wcmatch import fnmatch
 
-from streamq import recipe
+from streamq import patterns, recipe
 
 
 def layers(result: Result) -> dict[str, str]:
@@ -241,20 +241,20 @@ def reference(name: str, pattern: str) -> bool:
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_pattern_matches_as_in_msmodelslim(pattern: str) -> None:
-    assert [n for n in NAMES if recipe.matches(n, pattern)] == [n for n in NAMES if reference(n, pattern)]
+    assert [n for n in NAMES if patterns.matches(n, pattern)] == [n for n in NAMES if reference(n, pattern)]
 
 
 def test_the_patterns_of_the_table_tell_names_apart() -> None:
     """Most of them match some names and not others, or the comparison above would compare nothing."""
-    partial = [p for p in PATTERNS if 0 < sum(recipe.matches(name, p) for name in NAMES) < len(NAMES)]
+    partial = [p for p in PATTERNS if 0 < sum(patterns.matches(name, p) for name in NAMES) < len(NAMES)]
     assert len(partial) > 25
 
 
 @settings(max_examples=400, deadline=None, derandomize=True, database=None)
 @given(st.text("abB.01*?[]!-{},\\", max_size=10), st.text("abB.01[]{}*\\", min_size=1, max_size=6))
 def test_any_pattern_matches_as_in_msmodelslim(pattern: str, name: str) -> None:
-    assert recipe.matches(name, pattern) == reference(name, pattern)
-    assert recipe.matches(pattern, pattern)
+    assert patterns.matches(name, pattern) == reference(name, pattern)
+    assert patterns.matches(pattern, pattern)
 
 
 BOTH = {f"blocks.{block}." for block in (0, 1)}

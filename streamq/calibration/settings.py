@@ -136,7 +136,12 @@ def tokens_of(model: Model, settings: CalibSettings) -> int:
 def states_len(model: Model) -> int:
     """S: rows of encoder_hidden_states."""
     branch = "blocks.0.attn2.add_k_proj.weight" in model.tensors
-    return TEXT_LEN + (IMAGE_LEN.get(model.family, 257) if branch else 0)
+    return text_len(model) + (IMAGE_LEN.get(model.family, 257) if branch else 0)
+
+
+def text_len(model: Model) -> int:
+    """Rows of text that the model takes: 512."""
+    return int(model.native_config.get("text_len", TEXT_LEN))
 
 
 def block_flops(model: Model, tokens: int) -> int:

@@ -7,4 +7,4 @@ from collections.abc import Callable
 from streamq.methods import int8
 from streamq.quantized import QuantizedLinear
 
-METHODS: dict[str, Callable[..., QuantizedLinear]] = {"w8a8": int8.quantize}
+METHODS: dict[str, Callable[..., QuantizedLinear]] = {"w8a8": int8.quantize, "w8a8_static": int8.quantize}

@@ -111,6 +111,11 @@ class Model:
         """`["blocks.0", …, "vace_blocks.0", …]`."""
         return [f"blocks.{i}" for i in range(self.n_blocks)] + [f"vace_blocks.{i}" for i in range(self.n_vace_blocks)]
 
+    @property
+    def replay_order(self) -> list[str]:
+        """Blocks in the order of the model's forward: VACE blocks come first, their hints go into the others."""
+        return [f"vace_blocks.{i}" for i in range(self.n_vace_blocks)] + [f"blocks.{i}" for i in range(self.n_blocks)]
+
     @cached_property
     def linears(self) -> tuple[Linear, ...]:
         """Every linear layer inside a block or VACE block, in model order: what a recipe can reach."""

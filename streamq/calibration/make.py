@@ -1,0 +1,190 @@
+"""Making a calibration set: what it will cost, whether its folder may be used, and the work itself.
+
+    texts, pictures, clips -> [encoders] -> inputs -> [outside of blocks, an expert at a time] -> file -> calib.json
+
+Nothing is created before all that can be refused has been: files, sizes, prompts, dumps. An expert's file appears whole
+under its final name, `calib.json` last; a run that was ended starts again, over what it left. Same settings, same
+model, same kind of device and number of threads: the same bytes. Needs no torch until `make_set` is called.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamq.calibration import store
+from streamq.calibration.plan import CALIBRATED_FAMILIES, DIFFUSERS_BASE, activation_nbytes
+from streamq.calibration.settings import (
+    CalibSettings,
+    Schedule,
+    block_flops,
+    check_settings,
+    latent_shape,
+    schedule_of,
+    states_len,
+    tokens_of,
+)
+from streamq.calibration.store import DOCUMENT, CalibSet, Shapes, SampleInfo, open_set, shapes_of, write_document
+from streamq.checkpoint import DTYPE_SIZE, Source
+from streamq.device import HOST_BASE, Device
+from streamq.errors import UsageError
+from streamq.savers.shard import PARTIAL, disk_errors
+from streamq.wan import Expert, Model, unit_of
+
+if TYPE_CHECKING:
+    from streamq.calibration.encoders import Parts
+    from streamq.calibration.interpolate import Part
+
+THUMBNAILS = "thumbnails"
+_OURS = re.compile(r"(inputs(-high_noise_model|-low_noise_model)?\.safetensors|calib\.json)(\.partial)?|thumbnails")
+FINGERPRINT_BYTES = 64  # of each tensor
+
+
+def make_set(
+    folder: Path, settings: CalibSettings, experts: list[Expert], model_path: Path, device: Device, *,
+    document: str = DOCUMENT, suffix: str = ".safetensors", about: Callable[[str], None],
+) -> CalibSet:  # fmt: skip
+    """Make a set in `folder`. `about` is told, in plain sentences, what is synthetic and how far the work is.
+
+    Raises UsageError before anything is created, RunError when the work fails; the folder then holds no document.
+    """
+    import torch
+
+    from streamq.calibration.conditions import gather
+    from streamq.calibration.dumped import dumped
+    from streamq.calibration.encoders import find_parts
+    from streamq.calibration.interpolate import interpolated, write_expert
+    from streamq.calibration.trajectory import Trajectory
+
+    check(settings, experts)
+    where = getattr(device, "device", torch.device("cpu"))
+    model, parts = experts[0].model, find_parts(model_path)
+    schedule = schedule_for(settings, experts, parts)
+    synthetic: list[str] = []
+    warnings: list[str] = []
+    with all_threads():
+        run, works = None, {}
+        if settings.mode == "dump":
+            works = dumped(settings, experts, schedule.boundary)
+        else:
+            conditions = gather(settings, model, parts, where, about)
+            synthetic, warnings = conditions.synthetic, conditions.warnings
+            if settings.mode == "trajectory":
+                run = Trajectory(conditions, schedule, experts, parts, where, about)
+            else:
+                sizes = tokens_of(model, settings), states_len(model)
+                works = {expert.name: interpolated(conditions, schedule, expert.name, *sizes) for expert in experts}
+        with at_work(folder):
+            with disk_errors(folder / document):
+                (folder / document).unlink(missing_ok=True)  # it must not speak of what is about to be replaced
+            if run is not None:
+                made = run.write(folder, suffix, thumbnails=document == DOCUMENT)
+            else:
+                made = {
+                    expert.name: write_expert(folder, expert, works[expert.name], settings.dtype, where, suffix, about)
+                    for expert in experts
+                }
+            facts = describe(settings, experts, schedule) | {"synthetic": synthetic, "warnings": warnings}
+            write_document(folder, document, facts, made)
+    return open_set(folder, document)
+
+
+def check(settings: CalibSettings, experts: Sequence[Expert]) -> None:
+    """Raise UsageError for what cannot be made, as far as settings and headers tell."""
+    check_settings(settings)
+    model = experts[0].model
+    if model.family not in CALIBRATED_FAMILIES:
+        raise UsageError(
+            f"{model.checkpoint.root}: a {model.family} model, which streamq cannot replay; it makes calibration sets"
+            f" for {', '.join(CALIBRATED_FAMILIES)}"
+        )
+    if settings.mode == "dump":
+        if settings.dump is None:
+            raise UsageError("--mode dump: no dump; give it with --dump PATH")
+        return
+    latent_shape(model, settings)
+
+
+def schedule_for(settings: CalibSettings, experts: Sequence[Expert], parts: Parts) -> Schedule:
+    """The schedule, by the settings, else by the pipeline's own configuration, else by Wan-AI's."""
+    scheduler = parts.scheduler
+    own = {
+        "flow_shift": scheduler.get("flow_shift", scheduler.get("shift")),
+        "boundary_ratio": parts.model_index.get("boundary_ratio"),
+    }
+    return schedule_of(settings, experts[0].model.family, len(experts), own)
+
+
+def describe(settings: CalibSettings, experts: Sequence[Expert], schedule: Schedule) -> dict[str, Any]:
+    """What a set's document says of how it was made. Equal for equal sets, wherever they and the model lie."""
+    model = experts[0].model
+    return {
+        "family": model.family, "dim": model.dim, "mode": settings.mode, "settings": settings.identity(),
+        "schedule": {
+            "shift": schedule.shift, "guidance": schedule.guidance, "steps": len(schedule.sigmas),
+            "boundary": schedule.boundary,
+        },
+        "model": {expert.name: fingerprint(expert.model) for expert in experts},
+        "data": {name: _stamp(path) for name in ("videos", "latents", "text_embeds", "dump")
+                 if (path := getattr(settings, name)) is not None},
+    }  # fmt: skip
+
+
+def fingerprint(model: Model) -> str:
+    """Tells models apart, whatever their layout and shards: names, dtypes, shapes and each tensor's first bytes."""
+    digest = hashlib.sha256()
+    with closing(Source(model.checkpoint)) as source:
+        for name, info in sorted(model.tensors.items()):
+            first = bytearray(min(FINGERPRINT_BYTES, info.nbytes))
+            source.read(info, 0, memoryview(first))
+            digest.update(f"{name} {info.dtype} {info.shape}".encode() + bytes(first))
+    return digest.hexdigest()
+
+
+def _stamp(path: Path) -> str:
+    """sha256 of the names and sizes of what the user gave."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    lines = [f"{file.relative_to(path.parent)} {file.stat().st_size}" for file in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@contextmanager
+def all_threads() -> Iterator[None]:
+    """Let torch use every core that this process may: a model's forward is not a stream of small tiles."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def at_work(folder: Path) -> Iterator[None]:
+    """Create the folder, and keep a second run out of it. Raises UsageError."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UsageError(
+            f"--save_path {folder}: another run is at work on it; wait for it, or choose another"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,195 @@
+"""Calibration inputs through one block at a time, with somebody looking at what its linear layers get.
+
+Each sample goes through alone, as in the pipeline (another batch size would choose other kernels, which round
+differently); its outputs are the next block's inputs. With `next_input: quantized` the samples go through twice: once
+through the float block, to look, and once through the quantized one, to go on with.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from streamq import wan
+from streamq.calibration.cache import Cache
+from streamq.calibration.plan import CalibPlan
+from streamq.calibration.store import ExpertInputs
+from streamq.checkpoint import Source, TensorInfo
+from streamq.device import Device
+from streamq.errors import RunError
+from streamq.methods.activation import fake_quantize
+from streamq.methods.statistics import InputStatistics, Wanted
+from streamq.quantized import QuantizedLinear, Scheme
+from streamq.wan import Expert
+from streamq.wan.blocks import BlockRunner, Shared, flow
+
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
+
+
+class Replay:
+    """One expert's samples on their way through its blocks. Used by the loop's own thread only."""
+
+    def __init__(self, expert: Expert, plan: CalibPlan, inputs: ExpertInputs, cache: Cache, device: Device) -> None:
+        self.model, self.plan, self.inputs, self.cache, self.device = expert.model, plan, inputs, cache, device
+        self.where = getattr(device, "device", torch.device("cpu"))
+        self.dtype = TORCH_DTYPES[plan.dtype]
+        self.runner = BlockRunner(expert.model, self.dtype, self.where)
+        self._set = Source(inputs.checkpoint)
+        self._rotary = (self._shared_tensor("rotary.cos"), self._shared_tensor("rotary.sin"))
+        self._scale = self._shared_tensor("control_scale") if inputs.shapes.n_vace else None
+
+    def observe(self, unit: str, tensors: Mapping[str, Tensor], schemes: Mapping[str, set[Scheme]]) -> Seen:
+        """Send every sample through the float block. `tensors`: the block's, source dtype, on the device.
+
+        `schemes`: layer -> how it will be quantized, which decides what is kept of its group's input.
+        Raises RunError if an input is not finite.
+        """
+        module = self.runner.fill(unit, tensors)
+        seen = Seen(dict(tensors), self._statistics(unit, module, schemes))
+        goes_on = self.plan.next_input == "float"
+        with _looking(module, unit, seen.statistics):
+            self._run(unit, keep=goes_on)
+        for group, statistics in seen.statistics.items():
+            if not torch.isfinite(statistics.amax).all():
+                raise RunError(
+                    f"{group}: NaN or Inf in the inputs of {unit} while calibrating in {self.plan.dtype}; check the"
+                    " calibration set, or calibrate with dtype fp32"
+                )
+        if goes_on:
+            self.runner.release()
+        return seen
+
+    def go_on(self, unit: str, layers: Mapping[str, QuantizedLinear]) -> None:
+        """Make the next block's inputs, if `observe` has not: send the samples through the block with these layers.
+
+        Weights and inputs are rounded as they will be at run time.
+        """
+        if self.plan.next_input == "float":
+            return
+        module, handles = self.runner.module(unit), []
+        for name, layer in layers.items():
+            linear = module.get_submodule(name.removeprefix(f"{unit}."))
+            assert isinstance(linear, nn.Linear)
+            linear.weight = nn.Parameter(layer.effective().to(linear.weight.dtype), requires_grad=False)
+            handles.append(linear.register_forward_pre_hook(_quantizing(layer)))
+        self._run(unit, keep=True)
+        for handle in handles:
+            handle.remove()
+        self.runner.release()
+
+    def _run(self, unit: str, *, keep: bool) -> None:
+        streams = flow(self.model, unit)
+        if keep:
+            self.cache.begin(streams, self.model.replay_order.index(unit))
+        for sample in range(len(self.inputs.samples)):
+            made = self.runner.run(unit, {s: self.cache.read(s, sample) for s in streams.reads}, self._shared(sample))
+            if keep:
+                for stream, tensor in made.items():
+                    self.cache.write(stream, sample, tensor)
+
+    def _statistics(
+        self, unit: str, module: nn.Module, schemes: Mapping[str, set[Scheme]]
+    ) -> dict[str, InputStatistics]:
+        found = {}
+        for group in wan.GROUPS:
+            wanted = [scheme for layer in group.layers for scheme in schemes.get(f"{unit}.{layer}", ())]
+            if wanted:
+                layer = next(name for name in group.layers if f"{unit}.{name}" in schemes)
+                linear = module.get_submodule(layer)
+                assert isinstance(linear, nn.Linear)
+                want = Wanted(
+                    mean=any(s.smooth is not None and s.smooth.method == "awq" for s in wanted),
+                    histogram=any(s.pair.act.method in ("percentile", "mse") for s in wanted),
+                    gram=any(s.pair.weight.method == "gptq" for s in wanted),
+                    rows=self.plan.rows,
+                    gram_rows=self.plan.gram_rows,
+                )
+                found[f"{unit}.{group.name}"] = InputStatistics(
+                    linear.in_features, want, len(self.inputs.samples), self.where
+                )
+        return found
+
+    def _shared(self, sample: int) -> Shared:
+        info = self.inputs.samples[sample]
+        return Shared(
+            self._shared_tensor(f"encoder_hidden_states.{info.states}"),
+            self._shared_tensor(f"timestep_proj.{sample}"),
+            self._shared_tensor(f"token_row.{sample}") if info.rows > 1 else None,
+            self._rotary,
+            self._scale,
+        )
+
+    def _shared_tensor(self, name: str) -> Tensor:
+        info: TensorInfo = self.inputs.tensors[name]
+        memory = self.device.empty(info.nbytes)
+        self.device.wait(self.device.load(lambda start, into: self._set.read(info, start, into), memory))
+        dtype = {"U8": torch.uint8, "F32": torch.float32, "BF16": torch.bfloat16}[info.dtype]
+        return memory.view(dtype).view(info.shape)
+
+    def close(self) -> None:
+        """Let go of files and weights."""
+        self.runner.release()
+        self._set.close()
+
+
+class Seen:
+    """A block at work: its tensors by diffusers name, and what was seen of its groups' inputs (`blocks.0.attn1.in`)."""
+
+    def __init__(self, tensors: dict[str, Tensor], statistics: dict[str, InputStatistics]) -> None:
+        self.tensors = tensors
+        self.statistics = statistics
+
+
+@contextmanager
+def _looking(module: nn.Module, unit: str, statistics: Mapping[str, InputStatistics]) -> Iterator[None]:
+    """Every group's input goes to its statistics: that of the group's first layer, as all have the same."""
+    handles = []
+    for group in wan.GROUPS:
+        seen = statistics.get(f"{unit}.{group.name}")
+        if seen is not None:
+            present = next(name for name in group.layers if _has(module, name))
+            handles.append(module.get_submodule(present).register_forward_pre_hook(_giving(seen)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return any(found == name for found, _ in module.named_modules())
+
+
+def _giving(statistics: InputStatistics) -> Any:
+    def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        statistics.update(args[0])
+
+    return look
+
+
+def _quantizing(layer: QuantizedLinear) -> Any:
+    def change(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0].float()
+        x = x if layer.smooth is None else x / layer.smooth
+        x = fake_quantize(x, layer.scheme.pair.act, layer.static)
+        x = x if layer.smooth is None else x * layer.smooth
+        return (x.to(args[0].dtype), *args[1:])
+
+    return change
+
+
+@contextmanager
+def all_cores(device: Device) -> Iterator[None]:
+    """Forwards are bound by arithmetic, so on a CPU they get every core, unlike the tiles of a data-free run."""
+    before = torch.get_num_threads()
+    if device.kind == "cpu":
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,124 @@
+"""One layer's turn: its smoothing vectors, its codes for every target, and how far they are from the float layer.
+
+Data-free layers take the same way with nothing to look at. Everything is on the device that the weights are on.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from streamq.calibration.replay import Seen
+from streamq.methods import METHODS
+from streamq.methods.report import output_error
+from streamq.methods.smooth import awq, exact, exact_for_norm, search_alpha, smoothquant
+from streamq.methods.statistics import InputStatistics
+from streamq.quantized import QuantizedLinear, Scheme, Smooth
+from streamq.recipe import QConfig
+from streamq.wan import block_of, group_of
+
+PLAIN = QConfig("per_channel", "int8")
+
+
+@dataclass
+class Block:
+    """What the layers of a unit at work share. `seen` None: data-free. `vectors`: made when first asked for.
+
+    `layers`: those that are quantized already, by diffusers name; the first target's where there are several.
+    """
+
+    seen: Seen | None = None
+    vectors: dict[Smooth, Tensor] = field(default_factory=dict)
+    layers: dict[str, QuantizedLinear] = field(default_factory=dict)
+
+    def vector(self, smooth: Smooth) -> Tensor:
+        """The group's s [in] fp32, so rounded that its inverse is exact where it is kept."""
+        if smooth not in self.vectors:
+            self.vectors[smooth] = self._make(smooth)
+        return self.vectors[smooth]
+
+    def _make(self, smooth: Smooth) -> Tensor:
+        assert self.seen is not None
+        scheme = smooth.base
+        statistics = self.seen.statistics[smooth.group]
+        weights = [self.seen.tensors[f"{layer}.weight"] for layer in smooth.layers]
+
+        def settle(s: Tensor) -> Tensor:
+            assert self.seen is not None
+            norm = f"{block_of(smooth.group)}.{group_of(smooth.layers[0]).norm}.weight"
+            return exact_for_norm(s, self.seen.tensors[norm]) if smooth.way == "norm" else exact(s)
+
+        def quantizer(w: Tensor) -> Tensor:
+            return METHODS[scheme.type](w, None, plain(scheme)).dequantize()
+
+        if smooth.method == "smoothquant":
+            return settle(smoothquant(statistics.amax, weights, smooth.alpha, smooth.scale_min))
+        if smooth.method == "search":
+            return search_alpha(
+                statistics, weights, scheme.pair.act, quantizer, scale_min=smooth.scale_min, settle=settle
+            ).s
+        return awq(statistics, weights, scheme.pair.act, quantizer, settle=settle).s
+
+
+def plain(scheme: Scheme) -> Scheme:
+    """The same type without any method: round to nearest, which is what a method is measured against."""
+    weight = replace(PLAIN, scope=scheme.pair.weight.scope)
+    act = replace(scheme.pair.act, method="minmax", ext=()) if scheme.pair.act.dtype != "float" else scheme.pair.act
+    return replace(scheme, smooth=None, rows=None, pair=replace(scheme.pair, act=act, weight=weight))
+
+
+@torch.no_grad()
+def quantize(
+    name: str, weight: Tensor, bias: Tensor | None, scheme: Scheme, block: Block, out: Tensor
+) -> tuple[QuantizedLinear, dict[str, object]]:
+    """A layer's codes, and its row of the report. `name`: diffusers name; `out`: int8 [out, in] to be filled."""
+    statistics = _statistics(name, block)
+    columns = block.vector(scheme.smooth) if scheme.smooth else None
+    rows = block.vector(scheme.rows) if scheme.rows else None
+    layer = METHODS[scheme.type](weight, bias, scheme, out, columns=columns, rows=rows, stats=statistics)
+    report: dict[str, object] = dict(_figures(layer, weight, statistics))
+    if statistics is not None and plain(scheme) != scheme:
+        before = METHODS[scheme.type](weight, bias, plain(scheme), stats=statistics)
+        report["before"] = _figures(before, weight, statistics)
+    return layer, report
+
+
+def _statistics(name: str, block: Block) -> InputStatistics | None:
+    if block.seen is None:
+        return None
+    return block.seen.statistics[f"{block_of(name)}.{group_of(name).name}"]
+
+
+def _figures(layer: QuantizedLinear, weight: Tensor, statistics: InputStatistics | None) -> dict[str, float]:
+    found = {"rel_error": layer.rel_error, "cosine": layer.cosine}
+    if statistics is not None:
+        error, cosine = output_error(statistics.rows, weight, layer, layer.scheme.pair.act)
+        found |= {"output_rel_error": error, "output_cosine": cosine}
+    return {key: _short(value) for key, value in found.items()}
+
+
+def _short(value: float) -> float:
+    """Six digits; of a cosine near 1, six digits of what it lacks."""
+    return float(f"{value:.6g}") if not 0.9 < value <= 1 else 1 - float(f"{1 - value:.6g}")
+
+
+def encode_vector(vector: Tensor) -> str:
+    """A vector as the journal and the manifest hold it: base64 of little-endian float32."""
+    return base64.b64encode(vector.detach().float().cpu().contiguous().numpy().astype("<f4").tobytes()).decode()
+
+
+def decode_vector(text: str) -> Tensor:
+    """The same back, float32 [n]. Raises ValueError for what is not such a text."""
+    raw = bytearray(base64.b64decode(text, validate=True))
+    if len(raw) % 4 or not raw:
+        raise ValueError(f"{len(raw)} bytes are no float32 vector")
+    return torch.frombuffer(raw, dtype=torch.float32)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all of a tensor is, without a mask of its size: amax and amin both hand a NaN on."""
+    return math.isfinite(float(tensor.amax())) and math.isfinite(float(tensor.amin()))

@@ -1,0 +1,170 @@
+"""What a linear layer's inputs were like over all calibration samples, gathered in one pass and in fixed memory.
+
+The ranges see every row; the Gram matrix and the kept rows see evenly spaced ones, at other positions in each sample.
+Nothing here grows with the number of samples, and nothing is random.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BINS = 2048
+LEAST_RANGE = 2.0**-40  # of a histogram; a first sample that is all zero must not pin it to nothing
+TILE_ROWS = 128  # 2.5 MiB of fp32 at 5120 columns: in the processor's cache
+GRAM_TILE_ROWS = 2048
+# Numerators of golden-ratio steps over 2^16: consecutive samples' phases lie as far apart as they can.
+PHASE, PHASES = 40503, 1 << 16
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to accumulate besides the ranges.
+
+    rows: how many input rows to keep in all, spread over samples and positions. gram_rows: at most so many rows of each
+    sample enter the Gram matrix, evenly spaced; 0 for all of them.
+    """
+
+    mean: bool = False
+    histogram: bool = False
+    gram: bool = False
+    rows: int = 0
+    gram_rows: int = 2048
+
+
+class Histogram:
+    """Counts [2048] int64 of values in equal bins over [-limit, limit), limit a power of two.
+
+    A value beyond doubles the limit, for which bins merge in pairs. Bin edges are then multiples of a power of two, so
+    scaling and merging are exact, and the counts do not depend on the order of what was added.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.counts = torch.zeros(BINS, dtype=torch.int64, device=device)
+        self.limit = LEAST_RANGE
+
+    def add(self, x: Tensor, amax: float) -> None:
+        """Count all of x [rows, columns], any float dtype; `amax`: its finite max |x|."""
+        while self.limit <= amax:  # strictly above: then nothing has to be clamped into the last bin
+            self._double()
+        # By a power of two: exact, also as a product with a reciprocal.
+        factor = BINS / 2 / self.limit
+        for tile in x.split(TILE_ROWS):
+            index = tile.float().mul_(factor).floor_().add_(BINS // 2).int()
+            self.counts += torch.bincount(index.flatten(), minlength=BINS)
+
+    def _double(self) -> None:
+        merged = self.counts.view(-1, 2).sum(dim=1)
+        self.counts.zero_()
+        self.counts[BINS // 4 : BINS // 4 + BINS // 2] = merged
+        self.limit *= 2
+
+    def edges(self) -> Tensor:
+        """[2049] fp64 on the host."""
+        return torch.arange(-BINS // 2, BINS // 2 + 1, dtype=torch.float64) * (2 * self.limit / BINS)
+
+
+def spread(count: int, length: int, phase: int) -> Tensor:
+    """[min(count, length)] int64 row numbers below `length`, evenly spaced, rising; `phase` shifts them all."""
+    if count >= length:
+        return torch.arange(length)
+    return (torch.arange(count) * PHASES + phase * PHASE % PHASES) * length // (count * PHASES)
+
+
+class InputStatistics:
+    """Accumulates over `n_samples` inputs [..., columns] of one layer (or of layers that share their input).
+
+    columns_lo, columns_hi: [K] fp32, min(0, min) and max(0, max) of each channel over all rows so far. gram: [K, K] fp32
+    sum of x^T x over `gram_count` rows, or None. rows: [m, K] in x's dtype, m <= wanted.rows. histogram: or None.
+    NaN and Inf stay visible in `amax`; they enter neither histogram nor anything that needs it.
+    """
+
+    def __init__(self, columns: int, wanted: Wanted, n_samples: int, device: torch.device) -> None:
+        self.columns, self.wanted, self.n_samples, self.device = columns, wanted, n_samples, device
+        self.samples = self.count = self.gram_count = self._filled = 0
+        self.columns_lo = torch.zeros(columns, device=device)
+        self.columns_hi = torch.zeros(columns, device=device)
+        self.gram = torch.zeros(columns, columns, device=device) if wanted.gram else None
+        self.histogram = Histogram(device) if wanted.histogram else None
+        self._mean = torch.zeros(columns, device=device) if wanted.mean else None
+        self._rows: Tensor | None = None
+
+    @property
+    def amax(self) -> Tensor:
+        """[K] fp32, max |x| of each channel; not finite where x was not."""
+        return torch.maximum(self.columns_hi, -self.columns_lo)
+
+    @property
+    def lo(self) -> Tensor:
+        """0-dim fp32: min(0, min x)."""
+        return self.columns_lo.amin()
+
+    @property
+    def hi(self) -> Tensor:
+        """0-dim fp32: max(0, max x)."""
+        return self.columns_hi.amax()
+
+    @property
+    def mean(self) -> Tensor:
+        """[K] fp32, mean |x| of each channel. Raises ValueError if it was not wanted."""
+        if self._mean is None:
+            raise ValueError("the mean of the inputs was not wanted")
+        return self._mean
+
+    @property
+    def rows(self) -> Tensor:
+        """[m, K] rows kept so far, in the order of samples."""
+        return torch.empty(0, self.columns, device=self.device) if self._rows is None else self._rows[: self._filled]
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Take one sample's input [..., K], of any float dtype. Raises ValueError for another width or one too many."""
+        if x.shape[-1] != self.columns or self.samples == self.n_samples:
+            raise ValueError(f"sample {self.samples} of {self.n_samples} is {list(x.shape)}, not {self.columns} wide")
+        x = x.detach().reshape(-1, self.columns)
+        number, length = self.samples, x.shape[0]
+        self.samples += 1
+        if not length:
+            return
+        # max and min of bf16 are exact, and reducing over rows is as fast as memory: no fp32 copy.
+        high, low = x.amax(dim=0).float(), x.amin(dim=0).float()
+        torch.maximum(self.columns_hi, high, out=self.columns_hi)
+        torch.minimum(self.columns_lo, low, out=self.columns_lo)
+        self.count += length
+        if self._mean is not None:
+            self._add_mean(x)
+        if self.histogram is not None:
+            amax = float(torch.maximum(high, -low).amax())
+            if amax < float("inf"):  # a NaN compares false too
+                self.histogram.add(x, amax)
+        if self.gram is not None:
+            self._add_gram(x, number)
+        if self.wanted.rows:
+            self._keep(x, number)
+
+    def _add_mean(self, x: Tensor) -> None:
+        assert self._mean is not None
+        total = torch.zeros_like(self._mean)
+        for tile in x.split(TILE_ROWS):
+            total += tile.float().abs().sum(dim=0)
+        # A running mean: its rounding error does not grow as that of a sum over millions of rows would.
+        self._mean += total.div_(x.shape[0]).sub_(self._mean).mul_(x.shape[0] / self.count)
+
+    def _add_gram(self, x: Tensor, number: int) -> None:
+        assert self.gram is not None
+        chosen = spread(self.wanted.gram_rows or x.shape[0], x.shape[0], number)
+        for part in chosen.split(GRAM_TILE_ROWS):
+            rows = x[part.to(x.device)].float()
+            self.gram.addmm_(rows.T, rows)
+        self.gram_count += len(chosen)
+
+    def _keep(self, x: Tensor, number: int) -> None:
+        total, n = self.wanted.rows, self.n_samples
+        # Shares that add up to the total, also where there are more samples than rows.
+        chosen = spread(total * (number + 1) // n - total * number // n, x.shape[0], number)
+        if self._rows is None:
+            self._rows = torch.empty(total, self.columns, dtype=x.dtype, device=x.device)
+        self._rows[self._filled : self._filled + len(chosen)] = x[chosen.to(x.device)]
+        self._filled += len(chosen)

@@ -1,0 +1,323 @@
+"""Makes the plan: reads headers and recipes, settles every layer's scheme and every tensor's place, refuses early."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from streamq import hub, recipe, resolve, smoothing, wan
+from streamq.calibration import plan as calibrations
+from streamq.calibration.plan import CalibPlan
+from streamq.calibration.store import open_set
+from streamq.checkpoint import DTYPE_SIZE, TensorInfo
+from streamq.device import kind_of
+from streamq.errors import UsageError, nearest
+from streamq.options import QuantOptions
+from streamq.plan import (
+    DEVICE_SCRATCH,
+    ExpertPlan,
+    Output,
+    Plan,
+    Step,
+    Target,
+    Unit,
+    existing_parent,
+    host_fixed,
+)
+from streamq.quantized import Scheme
+from streamq.savers import SaveOptions, Spec, formats
+from streamq.savers.shard import Place, TensorFile, layout
+
+
+def make_plan(options: QuantOptions, *, download: bool) -> Plan:
+    """Plan a run. Reads headers and small JSON files, writes nothing. `download`: a hub id may be fetched.
+
+    Raises UsageError for everything that would make the run fail or its result useless, as far as headers can tell.
+    """
+    source_path = hub.resolve(options.model_path, download=download)
+    try:
+        _check_paths(source_path, options.save_path)
+    except OSError as error:  # a name that is too long, links in a circle
+        raise UsageError(
+            f"--save_path {str(options.save_path)[:200]}: {error.strerror}; give another folder"
+        ) from error
+    kind = kind_of(options.device)
+    experts = wan.open_model(source_path)
+    wan.check_model_type(options.model_type, experts)
+    for expert in experts:
+        _check_sources_outside(expert, options.save_path)
+    targets, warnings = _targets(options)
+    builder = _Builder(options, source_path, targets, warnings)
+    placed = {expert.name: [builder.placement(target, expert) for target in targets] for expert in experts}
+    schemes = [placement.schemes for placements in placed.values() for placement in placements]
+    calibration = None
+    if any(calibrations.needs_data(part) for part in schemes):
+        given = open_set(options.calib) if options.calib else None
+        calibration = calibrations.plan_calibration([t.recipe for t in targets], schemes, experts, given)
+        builder.warnings.extend(_calibration_warnings(calibration, schemes))
+    elif options.calib:
+        builder.warnings.append(f"--calib {options.calib}: not used, this recipe needs no data")
+    parts = tuple(builder.expert(expert, placed[expert.name], calibration is not None) for expert in experts)
+    replay = _replay_nbytes(parts, calibration, schemes)
+    arena, room = _arena_nbytes(parts, options, kind, calibration, replay)
+    cache = 0
+    if calibration is not None:
+        cache = max(calibration.cache_nbytes(expert.name) for expert in experts)
+        calibration = replace(calibration, in_memory=calibrations.fits_in_memory(cache, room))
+        cache = cache if calibration.in_memory else calibration.stream_nbytes
+    return Plan(options, source_path, kind, tuple(targets), parts, tuple(builder.files), tuple(builder.documents),
+                builder.layers, arena, tuple(dict.fromkeys(builder.warnings)), calibration, replay, cache)  # fmt: skip
+
+
+def _calibration_warnings(calibration: CalibPlan, schemes: list[dict[str, Scheme]]) -> list[str]:
+    found = []
+    if any(scheme.type == "w8a8_static" for part in schemes for scheme in part.values()):
+        found.append(
+            "w8a8_static: one activation range for all tokens and time steps costs accuracy; w8a8 has a range per token"
+        )
+    if calibration.given is not None and calibration.given.document.get("synthetic"):
+        missing = ", ".join(calibration.given.document["synthetic"])
+        found.append(f"--calib {calibration.given.path}: made with synthetic {missing}")
+    return found
+
+
+def _replay_nbytes(
+    parts: tuple[ExpertPlan, ...], calibration: CalibPlan | None, schemes: list[dict[str, Scheme]]
+) -> int:
+    """What a replay takes on the device besides the block as it lies in the checkpoint."""
+    if calibration is None:
+        return 0
+    most = 0
+    for part in parts:
+        model, shapes = part.expert.model, calibration.shapes[part.expert.name]
+        size = 2 if shapes.dtype == "BF16" else 4
+        cast = [
+            sum(size * i.nbytes // DTYPE_SIZE[i.dtype] for s in u.steps for i in s.sources if i.dtype != shapes.dtype)
+            for u in part.units
+            if u.replayed
+        ]
+        forward = calibrations.activation_nbytes(model, shapes) + max(cast)
+        statistics = calibrations.statistics_nbytes(model, calibration, schemes)
+        most = max(most, statistics + max(forward, calibrations.method_nbytes(model, schemes)))
+    return most
+
+
+def _arena_nbytes(
+    parts: tuple[ExpertPlan, ...], options: QuantOptions, kind: str, calibration: CalibPlan | None, replay: int
+) -> tuple[int, int | None]:
+    """Room for the layer (or block) at work, `read_ahead` layers before and as many behind it, as far as the budgets
+    allow; and what is left of the host's budget for a cache, None where there is no budget."""
+    units = [[step.working_nbytes for step in unit.steps if step.held] for part in parts for unit in part.units]
+    sizes = [size for unit in units for size in unit]
+    window = 2 * options.read_ahead + 1
+    wanted, least = max(sum(sizes[i : i + window]) for i in range(len(sizes))), max(sizes)
+    if calibration is not None:  # a block is held whole, and may have to begin behind what was read ahead of it
+        block = max(sum(unit) for unit in units)
+        wanted, least = block + (window - 1) * max(sizes), block + max(sizes)
+    fixed_host = host_fixed(kind, calibration)
+    room = None
+    budgets = [("--max_host_memory", options.max_host_memory, fixed_host + replay * (kind == "cpu"), kind == "cpu")]
+    if kind != "cpu":
+        budgets.append(("--max_device_memory", options.max_device_memory, DEVICE_SCRATCH + replay, True))
+    for option, budget, fixed, holds_arena in budgets:
+        need = fixed + least * holds_arena
+        if budget is None:
+            continue
+        if need > budget:
+            what = (
+                "the largest layer" if calibration is None else "a block; fewer tokens a sample (size, frame_num) help"
+            )
+            raise UsageError(
+                f"{option}: a budget of {budget} bytes, but the least that this run can do with is {need}"
+                f" ({fixed} before the first weight, {need - fixed} for {what}); raise the budget"
+            )
+        if holds_arena:
+            wanted = min(wanted, budget - fixed)
+        if option == "--max_host_memory":
+            room = max(0, budget - fixed - wanted * holds_arena)
+    return wanted, room
+
+
+def _check_paths(source: Path, save_path: Path) -> None:
+    model, save = source.resolve(), save_path.resolve()
+    for inner, outer, relation in ((save, model, "inside"), (model, save, "above")):
+        if inner == outer:
+            raise UsageError(f"--save_path {save_path}: the same as --model_path; choose a folder beside it")
+        if inner.is_relative_to(outer):
+            raise UsageError(
+                f"--save_path {save_path}: lies {relation} --model_path {source}; choose a folder beside it"
+            )
+    if os.path.lexists(save_path) and not save_path.is_dir():
+        kind = "a link to nowhere" if save_path.is_symlink() else "a file"
+        raise UsageError(f"--save_path {save_path}: {kind}; give a folder")
+    parent = existing_parent(save_path)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"--save_path {save_path}: {parent} cannot be written to; check its permissions")
+
+
+def _check_sources_outside(expert: wan.Expert, save_path: Path) -> None:
+    save = save_path.resolve()
+    for file in expert.model.checkpoint.files:
+        if file.path.resolve().is_relative_to(save):
+            raise UsageError(
+                f"--save_path {save_path}: holds the source file {file.path.resolve()}; choose another folder"
+            )
+
+
+def _targets(options: QuantOptions) -> tuple[list[Target], list[str]]:
+    known = formats()
+    for name in options.formats:
+        if name not in known:
+            raise UsageError(
+                f"--format {name}: unknown; this version has {', '.join(known)}{nearest(name, tuple(known))}"
+            )
+    if options.config_path is not None and options.quant_type is not None:
+        raise UsageError("--config_path and --quant_type exclude each other; give one of them")
+    if options.config_path is None and options.quant_type is None:
+        raise UsageError("neither --quant_type nor --config_path; say what to do, e.g. --quant_type w8a8")
+    if options.config_path is not None:
+        given = recipe.load_recipe(options.config_path)
+        chosen = {name: given for name in options.formats or (given.format or "mindie",)}
+    else:
+        assert options.quant_type is not None
+        chosen = {}
+        for wanted in options.formats or (None,):
+            found = resolve.recipe_for(options.quant_type, wanted)
+            chosen[wanted or found.format or "mindie"] = found
+    targets = [Target(name, known[name], found, name if len(chosen) > 1 else "") for name, found in chosen.items()]
+    tools = {tool for target in targets for tool in target.format.RULES if tool}
+    if options.match and options.match not in tools:
+        every = ", ".join(f"{t} (format {n})" for n, f in known.items() for t in f.RULES if t)
+        raise UsageError(f"--match {options.match}: not a tool whose bytes these formats can match; known: {every}")
+    if options.layout != "block" and "lightx2v" not in chosen:
+        raise UsageError(f"--layout {options.layout}: a setting of lightx2v, which is not written here; leave it out")
+    warnings = ["--trust_remote_code True: streamq runs no code out of a checkpoint"] * options.trust_remote_code
+    if options.max_device_memory is not None and kind_of(options.device) == "cpu":
+        warnings.append("--max_device_memory: ignored, the device is the cpu; its memory is --max_host_memory")
+    return targets, warnings
+
+
+class _Builder:
+    """Grows the parts of a plan that are shared by experts and targets: numbered files, documents, layers, warnings."""
+
+    def __init__(self, options: QuantOptions, source_path: Path, targets: list[Target], warnings: list[str]) -> None:
+        self.options = options
+        self.source_path = source_path
+        self.targets = targets
+        self.warnings = warnings
+        self.files: list[TensorFile] = []
+        self.documents: list[tuple[str, bytes, int]] = []
+        self.layers: dict[str, dict[str, str]] = {target.name: {} for target in targets}
+
+    def placement(self, target: Target, expert: wan.Expert) -> smoothing.Placement:
+        """What the target's recipe does to each layer, smoothing included."""
+        model = expert.model
+        pairs, warnings = resolve.resolve(target.recipe, [linear.native for linear in model.linears])
+        schemes = {li.name: self.scheme(target, pair) for li in model.linears if (pair := pairs[li.native])}
+        placed = smoothing.place(target.recipe, target.name, target.format.WAYS, model, schemes)
+        self.warnings.extend([*warnings, *placed.warnings])
+        return placed
+
+    def expert(self, expert: wan.Expert, placed: list[smoothing.Placement], replay: bool) -> ExpertPlan:
+        model = expert.model
+        self.warnings.extend(model.warnings)
+        pieces = _pieces(model, [name for placement in placed for name in placement.beside], replay)
+        by_target = [self.target(*pair, expert, pieces) for pair in zip(self.targets, placed, strict=True)]
+        prefix = f"{expert.name}/" if expert.name else ""
+        steps: dict[str, list[Step]] = {}
+        for name, sources in pieces.items():
+            outputs = tuple(
+                Output(
+                    number,
+                    placed[number].schemes.get(name),
+                    tuple(places[spec] for spec in specs[name]),
+                    placed[number].folded.get(name) or placed[number].beside.get(name),
+                )
+                for number, (specs, places) in enumerate(by_target)
+                if specs[name]
+            )
+            unit = wan.unit_of(name)
+            tensors = (name,) if name in model.tensors else (f"{name}.weight", f"{name}.bias")[: len(sources)]
+            replayed = replay and unit != "rest" and bool(sources)
+            steps.setdefault(unit, []).append(
+                Step(prefix + wan.to_native(name), name, tensors, sources, outputs, replayed)
+            )
+        return ExpertPlan(expert, tuple(Unit(prefix + unit, unit, tuple(found)) for unit, found in steps.items()))
+
+    def target(
+        self, target: Target, placed: smoothing.Placement, expert: wan.Expert, pieces: dict[str, tuple[TensorInfo, ...]]
+    ) -> tuple[dict[str, list[str]], dict[str, Place]]:
+        """Written names by piece, and the place of each written name, for one format and expert."""
+        model, form, schemes = expert.model, target.format, placed.schemes
+        linears = {linear.name: linear for linear in model.linears}
+        types = {linear.native: schemes[n].type if n in schemes else None for n, linear in linears.items()}
+        save = SaveOptions(self.options.layout, self.options.max_shard_size or target.recipe.part_file_size * (1 << 30))
+        self.warnings.extend(form.check(types, save))
+        written: dict[str, list[Spec]] = {}
+        for name, sources in pieces.items():
+            unit = wan.unit_of(name)
+            if name in schemes:
+                written[name] = form.quantized_specs(linears[name], schemes[name])
+            elif sources:
+                written[name] = [form.passed_spec(model.native_name(s), s.dtype, s.shape, unit) for s in sources]
+            else:
+                written[name] = form.vector_specs(name, model.dim) if name in placed.beside else []
+        files = form.files([spec for specs in written.values() for spec in specs], types, save)
+        folder = "/".join(part for part in (target.folder, expert.name) if part)
+        places = self.place(files, folder, form.MODE)
+        beside = [self.source_path, model.checkpoint.root] if self.source_path.is_dir() else []
+        for document in form.documents(model, files, types, save, beside):
+            self.documents.append((f"{folder}/{document.name}".lstrip("/"), document.content, form.MODE))
+        label = f"{expert.name}/" if expert.name else ""
+        kinds = {linear.native: schemes[n].label if n in schemes else "float" for n, linear in linears.items()}
+        self.layers[target.name] |= {label + name: kind for name, kind in kinds.items()}
+        return {name: [spec.name for spec in specs] for name, specs in written.items()}, places
+
+    def scheme(self, target: Target, pair: recipe.Pair) -> Scheme:
+        assert pair.type is not None
+        if pair.type not in target.format.TYPES:
+            others = [name for name, form in formats().items() if pair.type in form.TYPES]
+            instead = f"it is written for {', '.join(others)}" if others else "no format of this version has it"
+            raise UsageError(
+                f"type {pair.type} does not go into the format {target.name}: {instead};"
+                f" {target.name} has {', '.join(target.format.TYPES)}"
+            )
+        rule = target.format.RULES.get(self.options.match) or target.format.RULES[None]
+        convert = target.recipe.model_config.get("convert_model_dtype")
+        if rule.arithmetic == "source" and self.options.match == "msmodelslim" and convert:
+            rule = replace(rule, arithmetic="bf16")  # the tool to be matched would load the model so
+        return Scheme(pair.type, pair, rule)
+
+    def place(self, files: list[tuple[str, list[Spec]]], folder: str, mode: int) -> dict[str, Place]:
+        places: dict[str, Place] = {}
+        for name, specs in files:
+            file, found = layout(f"{folder}/{name}".lstrip("/"), len(self.files), specs, mode)
+            self.files.append(file)
+            for place in found:
+                if place.name in places:
+                    raise UsageError(f"{place.name}: two source tensors would be written under this name")
+                places[place.name] = place
+        return places
+
+
+def _pieces(model: wan.Model, beside: list[str], replay: bool) -> dict[str, tuple[TensorInfo, ...]]:
+    """Step name -> its tensors, in the order of work: linear layers whole, everything else one by one.
+
+    `beside`: vectors that the run makes, without tensors; each comes last in its block. With `replay` the order is that
+    of the model's forward, elsewhere that of its modules.
+    """
+    linears = {linear.name: linear for linear in model.linears}
+    units: dict[str, dict[str, tuple[TensorInfo, ...]]] = {}
+    for name, info in model.tensors.items():
+        pieces = units.setdefault(wan.unit_of(name), {})
+        layer = name.rpartition(".")[0]
+        if layer in linears and name == f"{layer}.weight":
+            bias = linears[layer].bias
+            pieces[layer] = (info,) if bias is None else (info, bias)
+        elif not (layer in linears and name == f"{layer}.bias"):
+            pieces[name] = (info,)
+    for name in beside:
+        units[wan.unit_of(name)][name] = ()
+    order = [*model.replay_order, *(unit for unit in units if unit == "rest")] if replay else list(units)
+    return {name: infos for unit in order for name, infos in units[unit].items()}

@@ -1,0 +1,63 @@
+"""The words of a recipe as tables: kinds of steps, their keys, what each may be. `streamq.recipe` reads by them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SAVERS = {"mindie_format_saver": "mindie", "lightx2v_format_saver": "lightx2v"}
+PROCESS_KINDS = {
+    "linear_quant": {"type", "qconfig", "include", "exclude", "overrides"},
+    "smooth_quant": {"type", "method", "alpha", "scale_min", "symmetric", "include", "exclude"},
+    "iter_smooth": {"type", "method", "alpha", "scale_min", "symmetric", "include", "exclude", "enable_subgraph_type"},
+}
+SMOOTH_ALPHA = {"smooth_quant": 0.5, "iter_smooth": 0.9}  # msModelSlim's defaults
+SMOOTH_METHODS = ("smoothquant", "awq")
+SUBGRAPHS = ("norm-linear", "linear-linear", "ov", "up-down")
+LATER_KINDS = {
+    "online_quarot": "needs the MXFP types, which this version does not write",
+    "fa3_quant": "needs the MXFP types, which this version does not write",
+}
+QCONFIG_VALUES: dict[str, tuple[str, ...]] = {
+    "act.scope": ("per_token", "per_tensor", "per_block", "per_group"),
+    "act.dtype": ("int8", "mxfp8", "mxfp4", "float"),
+    "act.method": ("minmax", "percentile", "mse", "none"),
+    "weight.scope": ("per_channel", "per_tensor", "per_block"),
+    "weight.dtype": ("int8", "mxfp8", "mxfp4"),
+    "weight.method": ("minmax", "mse", "gptq", "mse_round", "ceil_x"),
+}
+# operand.method -> the keys of its `ext`, with the least and the most that each may be (bool and text: the values).
+EXT_KEYS: dict[str, dict[str, tuple[Any, ...]]] = {  # fmt: skip
+    "act.percentile": {"percentile": (50.0, 100.0)},
+    "weight.gptq": {
+        "act_order": (False, True),
+        "damping": (1e-6, 1.0),
+        "block": (1, 4096),
+        "scales": ("minmax", "mse"),
+    },
+}
+NEXT_INPUTS = ("float", "quantized")
+CALIBRATION_RANGES: dict[str, tuple[Any, Any]] = {
+    "rows": (1, 1 << 20), "gram_rows": (0, 1 << 30), "num_samples": (1, 1 << 20), "time_bins": (1, 1000),
+    "frame_num": (1, 10_000), "sample_steps": (1, 1000), "shift": (0.01, 1000.0), "guidance": (0.0, 1000.0),
+}  # fmt: skip
+CALIBRATION_TEXTS = ("size", "dtype", "next_input")
+_INTS = (
+    "frame_num sample_steps base_seed cfg_size ulysses_size ring_size tp_size attentioncache_interval start_step"
+    " end_step sparse_start_step"
+)
+_FLOATS = "sample_shift attentioncache_ratio sparsity"
+_BOOLS = (
+    "offload_model convert_model_dtype vae_parallel t5_fsdp t5_cpu dit_fsdp use_prompt_extend use_attentioncache"
+    " use_rainfusion"
+)
+_TEXTS = (
+    "prompt size task image sample_solver ckpt_dir save_file quant_dit_path prompt_extend_method prompt_extend_model"
+    " prompt_extend_target_lang"
+)
+MODEL_CONFIG_KEYS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(_INTS.split(), (int,)),
+    **dict.fromkeys(_FLOATS.split(), (int, float)),
+    **dict.fromkeys(_BOOLS.split(), (bool,)),
+    **dict.fromkeys(_TEXTS.split(), (str,)),
+    "sample_guide_scale": (int, float, list),
+}

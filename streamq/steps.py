@@ -1,0 +1,111 @@
+"""What is done to one step between reading and writing: its bytes become tensors, and those every target's tensors."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from streamq.calibration.replay import Replay, Seen
+from streamq.checkpoint import Source, TensorInfo
+from streamq.device import Device
+from streamq.errors import RunError
+from streamq.journal import Commit, Journal
+from streamq.layers import Block, is_finite, quantize
+from streamq.methods.int8 import DTYPES
+from streamq.plan import ExpertPlan, Plan, Step, Unit, aligned
+from streamq.quantized import QuantizedLinear, Scheme
+from streamq.savers.shard import Place, ShardWriter
+from streamq.stages import Arena, Lane, Watcher
+
+Loaded = tuple[Step, torch.Tensor | None, Future[Any]]  # a step, its region of the arena, the loading of it
+
+
+@dataclass
+class Work:
+    """What the stages of one expert's run share."""
+
+    plan: Plan
+    part: ExpertPlan
+    device: Device
+    source: Source
+    writers: list[ShardWriter]
+    journal: Journal
+    watcher: Watcher
+    hasher: Lane
+    replay: Replay | None
+    arena: Arena
+    chunk: torch.Tensor
+
+
+def load(step: Step, memory: torch.Tensor | None, work: Work) -> Any:
+    token = None
+    for info, part in zip(step.sources, parts_of(step, memory) if memory is not None else (), strict=False):
+        token = work.device.load(partial(work.source.read, info), part)
+        work.source.drop(info)
+    return token
+
+
+def parts_of(step: Step, memory: torch.Tensor) -> list[torch.Tensor]:
+    """A step's region of the arena: the bytes of each source tensor, and the rest, for codes."""
+    sizes = [aligned(info.nbytes) for info in step.sources]
+    parts = memory.split([*sizes, memory.numel() - sum(sizes)])
+    return [part[: info.nbytes] for part, info in zip(parts, step.sources, strict=False)] + [parts[-1]]
+
+
+def observe(unit: Unit, held: list[Loaded], work: Work, replay: Replay) -> Seen:
+    """Send the calibration inputs through a block."""
+    tensors: dict[str, torch.Tensor] = {}
+    for step, memory, token in held:
+        if memory is not None:
+            work.device.wait(token.result())
+            for name, info, tensor in zip(step.tensors, step.sources, tensors_of(step, memory), strict=True):
+                if not is_finite(tensor):
+                    raise damaged(info, work)
+                tensors[name] = tensor
+    return replay.observe(unit.name, tensors, {step.name: step.schemes for step in unit.steps if step.schemes})
+
+
+def tensors_of(step: Step, memory: torch.Tensor) -> list[torch.Tensor]:
+    parts = zip(parts_of(step, memory), step.sources, strict=False)
+    return [part.view(DTYPES[info.dtype]).view(info.shape) for part, info in parts]
+
+
+def made(
+    step: Step, memory: torch.Tensor | None, work: Work, commit: Commit, block: Block
+) -> list[tuple[Place, torch.Tensor]]:  # fmt: skip
+    """Every target's tensors of one step. Targets with equal schemes share the work."""
+    tensors = [] if memory is None else tensors_of(step, memory)
+    room = None if memory is None else parts_of(step, memory)[-1]
+    made: dict[Scheme, tuple[QuantizedLinear, dict[str, Any]]] = {}
+    found: list[tuple[Place, torch.Tensor]] = []
+    for output in step.outputs:
+        target, smooth = work.plan.targets[output.target], output.smooth
+        if smooth is not None:
+            vector = block.vector(smooth)
+            values = [(t.float() / vector).to(t.dtype) for t in tensors] or target.format.encode_vector(vector)
+            found += zip(output.places, values, strict=True)
+        elif output.scheme is None:
+            found += zip(output.places, tensors, strict=True)
+        else:
+            if output.scheme not in made:
+                assert room is not None
+                count, weight, bias = tensors[0].numel(), tensors[0], tensors[1] if len(tensors) > 1 else None
+                codes, room = room[:count].view(torch.int8).view(weight.shape), room[count:]
+                made[output.scheme] = quantize(step.name, weight, bias, output.scheme, block, codes)
+                layer = made[output.scheme][0]
+                for info, values in zip(step.sources, (layer.scales, bias), strict=False):
+                    if values is not None and not torch.isfinite(values).all():
+                        raise damaged(info, work)
+                block.layers.setdefault(step.name, layer)
+            layer, commit.layers.setdefault(target.name, {})[step.label] = made[output.scheme]
+            found += zip(output.places, [t.contiguous() for t in target.format.encode(layer)], strict=True)
+    return found
+
+
+def damaged(info: TensorInfo, work: Work) -> RunError:
+    where, advice = work.source.checkpoint.where(info), "download it again, then run the same command with --no_resume"
+    return RunError(f"{where}: NaN or Inf in it; the source is damaged: {advice}")
