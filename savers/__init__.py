@@ -103,11 +103,13 @@ class Format(Protocol):
     def problems(self, folder: Path, tensors: Mapping[str, Any]) -> list[str]:
         """What the runtime would trip over, or worse, let pass in silence."""
 
-    def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The float32 weight that a layer's tensors (by suffix, e.g. `weight_scale`) stand for.
+    def float_name(self, name: str) -> str | None:
+        """The native name of the model's tensor that a stored one stands for; None for what only the format has."""
 
-        Of rows [a, b) of the layer where every tensor of as many rows was cut to them. A smoothing scale that the layer
-        itself carries is undone; one that lies in a norm or in other rows is not known here.
+    def decode(self, tensors: Mapping[str, Tensor], rows: slice) -> Tensor:
+        """The float32 weight, or some of its rows, that a layer's tensors (by suffix, e.g. `weight_scale`) stand for.
+
+        A smoothing scale that the layer itself carries is undone; one that lies elsewhere is not known here.
         """
 
 

@@ -36,7 +36,7 @@ MAX_JSON_BYTES = 64 << 20
 
 
 def quantized_specs(layer: Linear, scheme: Scheme) -> list[Spec]:
-    """weight, weight_scale, and the bias in the source's dtype."""
+    """weight, weight_scale, and the bias in the source's dtype, or in F32 where smoothing has divided it."""
     rows, columns = layer.weight.shape
     unit = unit_of(layer.name)
     scale_dtype = layer.weight.dtype if scheme.rule.scale_dtype == "source" else "F32"
@@ -44,7 +44,9 @@ def quantized_specs(layer: Linear, scheme: Scheme) -> list[Spec]:
         Spec(f"{layer.native}.weight", "I8", (rows, columns), unit),
         Spec(f"{layer.native}.weight_scale", scale_dtype, (rows, 1), unit),
     ]
-    return specs + ([] if layer.bias is None else [Spec(f"{layer.native}.bias", layer.bias.dtype, (rows,), unit)])
+    if layer.bias is None:
+        return specs
+    return [*specs, Spec(f"{layer.native}.bias", "F32" if scheme.rows else layer.bias.dtype, (rows,), unit)]
 
 
 def encode(layer: QuantizedLinear) -> list[Tensor]:
@@ -187,6 +189,11 @@ def problems(folder: Path, tensors: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def decode(tensors: Mapping[str, Tensor]) -> Tensor:
+def float_name(name: str) -> str | None:
+    """The native name itself."""
+    return None if name.endswith(".weight_scale") or ".affine_norm" in name else name
+
+
+def decode(tensors: Mapping[str, Tensor], rows: slice) -> Tensor:
     """codes · scale, float32 [out, in]."""
-    return tensors["weight"].float() * tensors["weight_scale"].float()
+    return tensors["weight"][rows].float() * tensors["weight_scale"][rows].float()

@@ -249,12 +249,20 @@ def _layer_problems(
     return found
 
 
-def decode(tensors: Mapping[str, Tensor]) -> Tensor:
+def float_name(name: str) -> str | None:
+    """The native name: that of the layer itself where a linear below it holds its tensors."""
+    layer, _, suffix = name.rpartition(".")
+    if name.endswith(f".{MUL_SCALE}") or suffix in _TYPED and suffix != "weight":
+        return None
+    return f"{layer.removesuffix(f'.{LINEAR}')}.{suffix}"
+
+
+def decode(tensors: Mapping[str, Tensor], rows: slice) -> Tensor:
     """codes · scale, float32 [out, in], times the input's scale where the layer carries one."""
     below = f"{LINEAR}." if f"{LINEAR}.weight" in tensors else ""
     if f"{below}deq_scale" in tensors:
-        scales = (tensors[f"{below}deq_scale"] / tensors[f"{below}input_scale"]).unsqueeze(1)
+        scales = (tensors[f"{below}deq_scale"][rows] / tensors[f"{below}input_scale"]).unsqueeze(1)
     else:
-        scales = tensors[f"{below}weight_scale"]
-    weight = tensors[f"{below}weight"].float() * scales
+        scales = tensors[f"{below}weight_scale"][rows]
+    weight = tensors[f"{below}weight"][rows].float() * scales
     return weight * tensors[MUL_SCALE] if below else weight

@@ -118,7 +118,7 @@ def _add_calib_options(parser: argparse.ArgumentParser) -> None:
     add("--size", metavar="W*H", help="of the video in pixels, e.g. 832*480 (default 448*256)")
     add("--frame_num", type=int, metavar="N", help="frames, 4n + 1 (default 9)")
     add("--sample_steps", type=int, metavar="N", help="steps of the schedule (default: the model's)")
-    add("--time_bins", type=int, metavar="N", help="parts of an expert's steps that samples are spread over (default 8)")
+    add("--time_bins", type=int, metavar="N", help="parts of an expert's steps to spread samples over (default 8)")
     add("--guidance", type=float, help="of a trajectory (default: the model's)")
     add("--shift", type=float, help="of the schedule (default: the pipeline's, or the model's)")
     add("--dtype", choices=["bf16", "fp32"], default="bf16", help="to compute in (default bf16)")
@@ -331,7 +331,14 @@ def _recipes(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"quant": _quant, "plan": _plan, "calib": _calib, "inspect": _inspect, "verify": _verify, "recipes": _recipes}
+COMMANDS = {
+    "quant": _quant,
+    "plan": _plan,
+    "calib": _calib,
+    "inspect": _inspect,
+    "verify": _verify,
+    "recipes": _recipes,
+}
 
 
 def _underscores(argument: str) -> str:

@@ -256,8 +256,8 @@ def show_calib_cost(outlook: Outlook, settings: CalibSettings) -> None:
              f" frames), {format_bytes(outlook.nbytes)} on disk"]  # fmt: skip
     if outlook.forwards:
         lines.append(
-            f"to make it: {outlook.prompts} videos denoised, {outlook.forwards} forwards, {outlook.make_flops / 1e15:.3g}"
-            f" PFLOP; {format_bytes(outlook.streams_nbytes)} of streams in memory"
+            f"to make it: {outlook.prompts} videos denoised, {outlook.forwards} forwards,"
+            f" {outlook.make_flops / 1e15:.3g} PFLOP; {format_bytes(outlook.streams_nbytes)} of streams in memory"
         )
     else:
         lines.append("to make it: no forward of a block")

@@ -41,14 +41,14 @@ class Commit:
     """One finished unit.
 
     tensors: file path -> tensor -> sha256. layers: format -> layer -> its figures (`streamq.layers.quantize`).
-    vectors: format -> group -> smoothing vector, where it is folded into other tensors. streams: where the next block's
-    inputs lie (`streamq.calibration.cache`).
+    vectors: format -> group -> way and values of a smoothing vector that lies in other tensors than the layers'.
+    streams: where the next block's inputs lie (`streamq.calibration.cache`).
     """
 
     unit: str
     tensors: dict[str, dict[str, str]] = field(default_factory=dict)
     layers: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    vectors: dict[str, dict[str, str]] = field(default_factory=dict)
+    vectors: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
     streams: dict[str, Any] = field(default_factory=dict)
 
 
@@ -410,7 +410,7 @@ def write_manifest(plan: Plan, commits: list[Commit], hashes: dict[str, str]) ->
     """Write `streamq.json`. `hashes`: path -> sha256 of every output file. Holds nothing that two runs differ in."""
     tensors: dict[str, dict[str, str]] = {}
     figures: dict[str, dict[str, dict[str, Any]]] = {}
-    vectors: dict[str, dict[str, str]] = {}
+    vectors: dict[str, dict[str, dict[str, str]]] = {}
     for commit in commits:
         for path, found in commit.tensors.items():
             tensors.setdefault(path, {}).update(found)

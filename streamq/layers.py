@@ -5,7 +5,6 @@ Data-free layers take the same way with nothing to look at. Everything is on the
 
 from __future__ import annotations
 
-import base64
 import math
 from dataclasses import dataclass, field, replace
 
@@ -104,19 +103,6 @@ def _figures(layer: QuantizedLinear, weight: Tensor, statistics: InputStatistics
 def _short(value: float) -> float:
     """Six digits; of a cosine near 1, six digits of what it lacks."""
     return float(f"{value:.6g}") if not 0.9 < value <= 1 else 1 - float(f"{1 - value:.6g}")
-
-
-def encode_vector(vector: Tensor) -> str:
-    """A vector as the journal and the manifest hold it: base64 of little-endian float32."""
-    return base64.b64encode(vector.detach().float().cpu().contiguous().numpy().astype("<f4").tobytes()).decode()
-
-
-def decode_vector(text: str) -> Tensor:
-    """The same back, float32 [n]. Raises ValueError for what is not such a text."""
-    raw = bytearray(base64.b64decode(text, validate=True))
-    if len(raw) % 4 or not raw:
-        raise ValueError(f"{len(raw)} bytes are no float32 vector")
-    return torch.frombuffer(raw, dtype=torch.float32)
 
 
 def is_finite(tensor: Tensor) -> bool:

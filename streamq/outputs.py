@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,16 @@ class Output:
                     )
                 tensors[info.name] = info
         return Checkpoint(self.folder, tuple(files), tensors)
+
+    def model(self, checkpoint: Checkpoint) -> wan.Model:
+        """The model whose tensors these are, the format's own left out. Raises UsageError if it is not a whole Wan."""
+        plain = {name: replace(info, name=name) for name, info in self.floats(checkpoint).items()}
+        return wan.describe(Checkpoint(self.folder, checkpoint.files, plain), quantized=True)
+
+    def floats(self, checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+        """Native name of a float model's tensor -> what is stored for it."""
+        names = {stored: self.format.float_name(stored) for stored in checkpoint.tensors}
+        return {name: checkpoint.tensors[stored] for stored, name in names.items() if name is not None}
 
 
 def find_outputs(path: Path) -> list[Output]:
@@ -95,6 +105,16 @@ def _model(model: wan.Model, version: str | None) -> dict[str, Any]:
     }
 
 
+def _recorded(path: Path, output: Output) -> dict[str, str]:
+    """Layer -> type by the manifest, which knows of scales that are folded into other tensors."""
+    document = manifest(path)
+    made = document["formats"].get(output.format_name, {}).get("layers", {}) if document else {}
+    expert = Path(output.label).name
+    prefix = f"{expert}/" if expert in ("high_noise_model", "low_noise_model") else ""
+    found = {name.removeprefix(prefix): about.get("type") for name, about in made.items() if name.startswith(prefix)}
+    return {name: kind for name, kind in found.items() if isinstance(kind, str)}
+
+
 def _inspect_output(path: Path, found: list[Output]) -> dict[str, Any]:
     layers: dict[str, str] = {}
     dtypes: Counter[str] = Counter()
@@ -105,10 +125,11 @@ def _inspect_output(path: Path, found: list[Output]) -> dict[str, Any]:
         checkpoint = output.checkpoint()
         prefix = f"{output.label}/" if output.label else ""
         kinds = output.format.layers_in(output.folder, checkpoint.tensors)
-        model = wan.describe(checkpoint, quantized=True)
+        model = output.model(checkpoint)
         experts.append(wan.Expert(Path(output.label).name, model))
         inside = {linear.native for linear in model.linears}
         layers |= {prefix + name: kind for name, kind in kinds.items() if name in inside}
+        layers |= {prefix + name: kind for name, kind in _recorded(path, output).items() if name in kinds}
         dtypes.update(info.dtype for info in checkpoint.tensors.values())
         files += [prefix + file.name for file in checkpoint.files]
         size += sum(file.size for file in checkpoint.files)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import base64
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -107,3 +108,18 @@ class QuantizedLinear:
         if self.smooth is not None:
             weight = weight.div_(self.smooth)
         return weight if self.rows is None else weight.mul_(self.rows.unsqueeze(1))
+
+
+def encode_vector(vector: torch.Tensor) -> str:
+    """A vector as the journal and the manifest hold it: base64 of little-endian float32."""
+    return base64.b64encode(vector.detach().float().cpu().contiguous().numpy().astype("<f4").tobytes()).decode()
+
+
+def decode_vector(text: str) -> torch.Tensor:
+    """The same back, float32 [n]. Raises ValueError for what is not such a text."""
+    import torch
+
+    raw = bytearray(base64.b64decode(text, validate=True))
+    if len(raw) % 4 or not raw:
+        raise ValueError(f"{len(raw)} bytes are no float32 vector")
+    return torch.frombuffer(raw, dtype=torch.float32)

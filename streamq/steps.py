@@ -17,7 +17,7 @@ from streamq.journal import Commit, Journal
 from streamq.layers import Block, is_finite, quantize
 from streamq.methods.int8 import DTYPES
 from streamq.plan import ExpertPlan, Plan, Step, Unit, aligned
-from streamq.quantized import QuantizedLinear, Scheme
+from streamq.quantized import QuantizedLinear, Scheme, encode_vector
 from streamq.savers.shard import Place, ShardWriter
 from streamq.stages import Arena, Lane, Watcher
 
@@ -102,6 +102,9 @@ def made(
                         raise damaged(info, work)
                 block.layers.setdefault(step.name, layer)
             layer, commit.layers.setdefault(target.name, {})[step.label] = made[output.scheme]
+            if (folded := output.scheme.smooth) is not None and folded.way != "layer":
+                entry = {"way": folded.way, "values": encode_vector(block.vector(folded))}
+                commit.vectors.setdefault(target.name, {})[_label(folded.group, work)] = entry
             found += zip(output.places, [t.contiguous() for t in target.format.encode(layer)], strict=True)
     return found
 
@@ -109,3 +112,7 @@ def made(
 def damaged(info: TensorInfo, work: Work) -> RunError:
     where, advice = work.source.checkpoint.where(info), "download it again, then run the same command with --no_resume"
     return RunError(f"{where}: NaN or Inf in it; the source is damaged: {advice}")
+
+
+def _label(group: str, work: Work) -> str:
+    return f"{work.part.expert.name}/{group}" if work.part.expert.name else group

@@ -21,6 +21,7 @@ from streamq.checkpoint import Checkpoint, Source, TensorInfo, read_header
 from streamq.device.cpu import host_bytes
 from streamq.errors import StreamqError, UsageError
 from streamq.journal import JOURNAL
+from streamq.quantized import decode_vector
 from streamq.savers.shard import HASH_CHUNK, PARTIAL, sha256_of
 
 TORCH_DTYPES = {
@@ -37,7 +38,7 @@ class Report:
     """What was found. `layers`: name -> rel_error ‖W - W'‖/‖W‖ and cosine, filled when there is a source."""
 
     problems: list[str] = field(default_factory=list)
-    layers: dict[str, dict[str, float]] = field(default_factory=dict)
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -140,7 +141,7 @@ def _check_format(output: outputs.Output, checkpoint: Checkpoint, report: Report
 
 def _incomplete(output: outputs.Output, checkpoint: Checkpoint) -> str | None:
     try:
-        wan.describe(checkpoint, quantized=True)
+        output.model(checkpoint)
     except UsageError as error:
         return str(error)
     return None
@@ -163,9 +164,40 @@ def _rounded(document: dict[str, Any], output: outputs.Output) -> bool:
     return document.get("options", {}).get("match") == "msmodelslim" and bool(config.get("convert_model_dtype"))
 
 
-def _recorded(document: dict[str, Any], output: outputs.Output) -> dict[str, float]:
+def _recorded(document: dict[str, Any], output: outputs.Output) -> dict[str, dict[str, Any]]:
     layers = document.get("formats", {}).get(output.format_name, {}).get("layers", {})
-    return {name: about["rel_error"] for name, about in layers.items() if "rel_error" in about}
+    return {name: about for name, about in layers.items() if "rel_error" in about}
+
+
+@dataclass(frozen=True)
+class _Folded:
+    """Smoothing vectors that lie in other tensors than the layer's own: by layer, and by norm tensor."""
+
+    columns: dict[str, Tensor]
+    rows: dict[str, Tensor]
+    norms: dict[str, Tensor]
+
+
+def _folded(document: dict[str, Any], output: outputs.Output, expert: wan.Expert, report: Report) -> _Folded:
+    found = _Folded({}, {}, {})
+    label = f"{expert.name}/" if expert.name else ""
+    groups = {group.name: group for group in wan.GROUPS}
+    made = document.get("formats", {}).get(output.format_name, {}).get("smoothing", {})
+    for name, entry in made.items():
+        block = wan.block_of(name.removeprefix(label))
+        if not name.startswith(label) or block is None:
+            continue
+        try:
+            group, vector = groups[name.removeprefix(f"{label}{block}.")], decode_vector(entry["values"])
+        except (KeyError, TypeError, ValueError) as error:
+            report.problems.append(f"streamq.json: smoothing of {name} cannot be read ({error})")
+            continue
+        found.columns.update({f"{block}.{layer}": vector for layer in group.layers})
+        if entry["way"] == "rows":
+            found.rows.update({f"{block}.{layer}": vector for layer in group.makers})
+        if entry["way"] == "norm":
+            found.norms.update({f"{block}.{group.norm}.{leaf}": vector for leaf in ("weight", "bias")})
+    return found
 
 
 def _read(source: Source, info: TensorInfo) -> Tensor:
@@ -177,11 +209,12 @@ def _read(source: Source, info: TensorInfo) -> Tensor:
 def _compare(
     output: outputs.Output, checkpoint: Checkpoint, expert: wan.Expert, document: dict[str, Any], report: Report
 ) -> None:
-    model = expert.model
+    model, form = expert.model, output.format
     recorded, rounded = _recorded(document, output), _rounded(document, output)
+    folded, stored = _folded(document, output, expert, report), output.floats(checkpoint)
     prefix = f"{output.label}/" if output.label else ""
     label = f"{expert.name}/" if expert.name else ""
-    kinds = output.format.layers_in(output.folder, checkpoint.tensors)
+    kinds = form.layers_in(output.folder, checkpoint.tensors)
     quantized = {name for name, kind in kinds.items() if kind != "float"}
     with closing(Source(model.checkpoint)) as floats, closing(Source(checkpoint)) as written:
         for linear in model.linears:
@@ -189,33 +222,53 @@ def _compare(
                 continue
             suffixes = [n for n in checkpoint.tensors if n.startswith(linear.native + ".") and not n.endswith(".bias")]
             made = {n.removeprefix(linear.native + "."): _read(written, checkpoint.tensors[n]) for n in suffixes}
-            if made["weight"].shape[0] != linear.weight.shape[0] or "weight_scale" not in made:
+            try:
+                error, cosine = _difference(_read(floats, linear.weight), made, output, linear.name, folded)
+            except (KeyError, RuntimeError):  # a tensor is missing, or has another shape
                 report.problems.append(f"{prefix}{linear.native}: cannot be dequantized against this source")
                 continue
-            error, cosine = _difference(_read(floats, linear.weight), made, output)
-            report.layers[prefix + linear.native] = {"rel_error": error, "cosine": cosine}
-            limit = recorded.get(label + linear.native, ERROR_LIMIT / 1.01) * 1.01 + 1e-6
+            about = recorded.get(label + linear.native, {})
+            report.layers[prefix + linear.native] = {"rel_error": error, "cosine": cosine} | _on_data(about)
+            limit = about.get("rel_error", ERROR_LIMIT / 1.01) * 1.01 + 1e-6
             if not error <= limit:
                 report.problems.append(
                     f"{prefix}{linear.native}: relative error {error:.4g} against the source, at most {limit:.4g} due"
                 )
         for name, info in model.tensors.items():
             native = wan.to_native(name)
-            if native.rpartition(".")[0] in quantized and native.endswith(".weight"):
+            layer = native.rpartition(".")[0]
+            if layer in quantized and native.endswith(".weight"):
                 continue
-            mine = checkpoint.tensors.get(native)
-            cast = rounded and native.rpartition(".")[0] in quantized
-            if mine is None or mine.shape != info.shape or not _same(floats, info, written, mine, cast):
+            mine = stored.get(native)
+            vector = folded.norms.get(name)
+            if vector is None and layer in quantized:
+                vector = folded.rows.get(name.rpartition(".")[0])
+            same = mine is not None and mine.shape == info.shape
+            if same and mine is not None:
+                same = _same(floats, info, written, mine, rounded and layer in quantized, vector)
+            if not same:
                 report.problems.append(f"{prefix}{native}: differs from {model.checkpoint.where(info)}")
 
 
-def _difference(weight: Tensor, made: dict[str, Tensor], output: outputs.Output) -> tuple[float, float]:
+def _on_data(about: dict[str, Any]) -> dict[str, Any]:
+    """What the run measured on calibration data, which only it had."""
+    return {key: about[key] for key in ("output_rel_error", "output_cosine", "before") if key in about}
+
+
+def _difference(
+    weight: Tensor, made: dict[str, Tensor], output: outputs.Output, name: str, folded: _Folded
+) -> tuple[float, float]:
     """Relative error and cosine, a few rows at a time."""
     lost = norm = other = dot = 0.0
+    columns, scaled = folded.columns.get(name), folded.rows.get(name)
     for start in range(0, weight.shape[0], ROWS_AT_A_TIME):
         rows = slice(start, start + ROWS_AT_A_TIME)
         w = weight[rows].double()
-        v = output.format.decode({suffix: tensor[rows] for suffix, tensor in made.items()}).double()
+        v = output.format.decode(made, rows).double()
+        if columns is not None:
+            v /= columns.double()
+        if scaled is not None:
+            v *= scaled[rows].double().unsqueeze(1)
         lost += float((w - v).square().sum())
         norm += float(w.square().sum())
         other += float(v.square().sum())
@@ -225,7 +278,12 @@ def _difference(weight: Tensor, made: dict[str, Tensor], output: outputs.Output)
     return (lost / norm) ** 0.5, dot / (norm * other) ** 0.5
 
 
-def _same(floats: Source, info: TensorInfo, written: Source, mine: TensorInfo, cast: bool) -> bool:
+def _same(
+    floats: Source, info: TensorInfo, written: Source, mine: TensorInfo, cast: bool, vector: Tensor | None
+) -> bool:
+    if vector is not None:
+        due = _read(floats, info).float() / vector
+        return torch.equal(due.to(TORCH_DTYPES[mine.dtype]), _read(written, mine))
     if cast:
         return torch.equal(_read(floats, info).bfloat16(), _read(written, mine).bfloat16())
     if info.dtype != mine.dtype:

@@ -12,11 +12,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-WORDS = (
+_TEXT = (
     "a an the of in on at over under with and to from red green blue black white dark bright cat dog man woman child"
     " bird fish car boat train street city sea beach forest mountain river snow rain sun moon night day slow fast walk"
     " run swim fly dance jump camera pans zooms left right up down sign says open blurry low quality , . ! ? é"
-).split(" ")
+)
+WORDS = _TEXT.split()
 TEXT_DIM = 32
 HEAD_DIM = 32
 FAMILIES: dict[str, dict[str, Any]] = {

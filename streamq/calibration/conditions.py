@@ -231,7 +231,7 @@ def _gather_texts(found: Conditions, parts: Parts, device: torch.device, about: 
 
 
 def _read_texts(found: Conditions, path: Path) -> None:
-    given = media.read_text_embeds(path)
+    given = media.read_text_embeds(path, _text_dim(found.model))
     names = [name for name, _ in given if name != NEGATIVE]
     if not names:
         raise UsageError(f"--text_embeds {path}: no text besides {NEGATIVE!r} in it; add the states of some prompts")

@@ -45,7 +45,8 @@ def dumped(settings: CalibSettings, experts: Sequence[Expert], boundary: float) 
             _check_call(path, model, call)
         _check_like(path, first, call, number)
         timestep = float(call.timestep.max())
-        seen[_expert_of(call, timestep, seen, boundary)][number] = _seen(call, timestep)
+        name = ("high_noise_model" if timestep >= TRAIN_STEPS * boundary else "low_noise_model") if boundary else ""
+        seen[name][number] = _seen(call, timestep)
     for name, calls in seen.items():
         if not calls:
             two = f" (timesteps {'below' if name == 'low_noise_model' else 'from'} {TRAIN_STEPS * boundary:g})"
@@ -55,12 +56,6 @@ def dumped(settings: CalibSettings, experts: Sequence[Expert], boundary: float) 
             )
     assert first is not None
     return {name: _work(path, model, first, calls, settings.num_samples) for name, calls in seen.items()}
-
-
-def _expert_of(call: Call, timestep: float, known: dict[str, dict[int, _Seen]], boundary: float) -> str:
-    if call.expert in known:
-        return call.expert
-    return ("high_noise_model" if timestep >= TRAIN_STEPS * boundary else "low_noise_model") if len(known) > 1 else ""
 
 
 def _work(path: Path, model: Model, first: Call, calls: dict[int, _Seen], most: int) -> Work:
@@ -139,5 +134,7 @@ def _inputs(model: Model, call: Call) -> Inputs:
     text = functional.pad(call.text, (0, 0, 0, missing))
     if image is not None and model.family == "flf2v":  # diffusers takes two pictures as a batch of two
         image = image.reshape(2, PICTURE_ROWS, -1)
-    return Inputs(call.latents, call.timestep, text, image, call.control,
-                  call.control_scale)  # fmt: skip
+    scale = call.control_scale
+    if scale is not None:  # one number stands for all VACE blocks
+        scale = scale.reshape(-1).float().expand(model.n_vace_blocks)
+    return Inputs(call.latents, call.timestep, text, image, call.control, scale)

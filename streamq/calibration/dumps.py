@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -295,7 +296,10 @@ def _kind(value: Any) -> str:
     """What a value is, for messages."""
     if hasattr(value, "shape"):
         return f"a tensor {list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-    return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, (list, tuple, dict)) else "")
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}" + (
+        f" of {len(value)}" if isinstance(value, (list, tuple, dict)) else ""
+    )
 
 
 _WHAT = "what a dump is: the inputs of whole transformer forwards, from msModelSlim, deepcompressor or as .safetensors"
@@ -306,9 +310,11 @@ def _load(path: Path) -> Any:
     import torch
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}; check the path and its permissions") from error
+        with warnings.catch_warnings():  # of a TorchScript archive torch says that it runs it, and then refuses
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (FileNotFoundError, PermissionError) as error:
+        raise UsageError(f"{path}: {error.strerror}; check the path and its permissions") from error
     except Exception as error:  # a file made to harm can fail anywhere in the unpickler
         text = str(error)
         if match := re.search(r"(?:GLOBAL|global|function|class)\s+`?([A-Za-z_][\w]*(?:\.\w+)+)", text):

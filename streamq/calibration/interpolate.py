@@ -223,6 +223,14 @@ def in_turn(count: int, *purpose: object) -> Iterator[int]:
         lap += 1
 
 
+def no_steps(count: int, expert: str, boundary: float) -> UsageError:
+    """An expert has nothing to do in a schedule of so many steps."""
+    where = "below" if expert == "low_noise_model" else "from"
+    return UsageError(
+        f"--sample_steps {count}: none of them is the {expert}'s, which are {where} {boundary:g}; take more steps"
+    )
+
+
 def draws_of(settings: CalibSettings, schedule: Schedule, expert: str, prompts: int, clips: int) -> list[Draw]:
     """An expert's samples: sample i in bin i % bins. What sample i is does not depend on how many follow it.
 
@@ -230,10 +238,7 @@ def draws_of(settings: CalibSettings, schedule: Schedule, expert: str, prompts: 
     """
     steps = schedule.steps_of(expert)
     if not steps:
-        raise UsageError(
-            f"--sample_steps {len(schedule.sigmas)}: none of them is the {expert}'s, which are"
-            f" {'below' if expert == 'low_noise_model' else 'from'} {TRAIN_STEPS * schedule.boundary:g}; take more steps"
-        )
+        raise no_steps(len(schedule.sigmas), expert, TRAIN_STEPS * schedule.boundary)
     bins = bins_of(steps, settings.time_bins)
     phase = 2 if len(bins) in (2, 3) else 3  # so that four samples have one without a prompt, whatever the bins
     turns = {what: in_turn(prompts, settings.seed, expert, what) for what in (False, True)}

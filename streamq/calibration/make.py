@@ -11,40 +11,35 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamq.calibration import store
-from streamq.calibration.plan import CALIBRATED_FAMILIES, DIFFUSERS_BASE, activation_nbytes
+from streamq.calibration.plan import CALIBRATED_FAMILIES
 from streamq.calibration.settings import (
     CalibSettings,
     Schedule,
-    block_flops,
     check_settings,
     latent_shape,
     schedule_of,
     states_len,
     tokens_of,
 )
-from streamq.calibration.store import DOCUMENT, CalibSet, Shapes, SampleInfo, open_set, shapes_of, write_document
-from streamq.checkpoint import DTYPE_SIZE, Source
-from streamq.device import HOST_BASE, Device
+from streamq.calibration.store import DOCUMENT, CalibSet, file_name, open_set, write_document
+from streamq.checkpoint import Source
+from streamq.device import Device
 from streamq.errors import UsageError
 from streamq.savers.shard import PARTIAL, disk_errors
-from streamq.wan import Expert, Model, unit_of
+from streamq.wan import Expert, Model
 
 if TYPE_CHECKING:
     from streamq.calibration.encoders import Parts
-    from streamq.calibration.interpolate import Part
 
 THUMBNAILS = "thumbnails"
-_OURS = re.compile(r"(inputs(-high_noise_model|-low_noise_model)?\.safetensors|calib\.json)(\.partial)?|thumbnails")
+THUMBNAIL = re.compile(r"\d{2,}\.png(\.partial)?")
 FINGERPRINT_BYTES = 64  # of each tensor
 
 
@@ -83,8 +78,7 @@ def make_set(
                 sizes = tokens_of(model, settings), states_len(model)
                 works = {expert.name: interpolated(conditions, schedule, expert.name, *sizes) for expert in experts}
         with at_work(folder):
-            with disk_errors(folder / document):
-                (folder / document).unlink(missing_ok=True)  # it must not speak of what is about to be replaced
+            _clear(folder, document, suffix)
             if run is not None:
                 made = run.write(folder, suffix, thumbnails=document == DOCUMENT)
             else:
@@ -95,6 +89,18 @@ def make_set(
             facts = describe(settings, experts, schedule) | {"synthetic": synthetic, "warnings": warnings}
             write_document(folder, document, facts, made)
     return open_set(folder, document)
+
+
+def _clear(folder: Path, document: str, suffix: str) -> None:
+    """Remove an older set, whole or not, and nothing else; its document first: it must not speak of what is gone."""
+    doomed = [folder / document]
+    for expert in ("", "high_noise_model", "low_noise_model"):
+        doomed += [folder / (file_name(expert, suffix) + ending) for ending in ("", PARTIAL)]
+    if document == DOCUMENT and (folder / THUMBNAILS).is_dir():
+        doomed += [path for path in (folder / THUMBNAILS).iterdir() if THUMBNAIL.fullmatch(path.name)]
+    for path in doomed:
+        with disk_errors(path):
+            path.unlink(missing_ok=True)
 
 
 def check(settings: CalibSettings, experts: Sequence[Expert]) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 VIDEO_SUFFIXES = {".mp4", ".mkv", ".webm", ".mov", ".gif"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 FRAME_RATE = 16  # frames a second of what Wan was trained on and makes
+OPEN_OPTIONS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,gif", "protocol_whitelist": "file"}
 TORCH_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 NEGATIVE = "negative"  # the text state of the empty, or negative, prompt
 
@@ -90,10 +91,11 @@ def _read_clip(clip: Path, size: tuple[int, int], frame_num: int, warnings: list
 
 
 def _video_frames(clip: Path) -> Iterator[Any]:
-    """PIL pictures at 16 a second: of a faster video the nearest ones, of a slower one some twice."""
+    """PIL pictures at 16 a second: of a faster video some are left out, of a slower one some come twice."""
     av = require("av", "reading videos")
     try:
-        with av.open(str(clip)) as container:
+        # `file:` and the two lists: a name or a playlist in disguise opens no address and no other file
+        with av.open(f"file:{clip}", options=OPEN_OPTIONS) as container:
             if not container.streams.video:
                 raise UsageError(f"{clip}: has no video in it; remove it from the folder")
             start: float | None = None
@@ -101,8 +103,8 @@ def _video_frames(clip: Path) -> Iterator[Any]:
             for number, frame in enumerate(container.decode(container.streams.video[0])):
                 time = frame.time if frame.time is not None else number / FRAME_RATE
                 start = time if start is None else start
-                # half a step early, so that a rounded time stamp does not shift a frame
-                while before is not None and time - start > (taken + 0.5) / FRAME_RATE:
+                # the last frame not after its time, with a quarter of a step to spare for rounded time stamps
+                while before is not None and time - start > (taken + 0.25) / FRAME_RATE:
                     yield before.to_image()
                     taken += 1
                 before = frame

@@ -183,6 +183,11 @@ def check_settings(settings: CalibSettings) -> None:
                                ("sample_steps", settings.sample_steps or 1, 1)):  # fmt: skip
         if value < least:
             raise UsageError(f"--{name} {value}: at least {least}")
+    for name, number in (("shift", settings.shift), ("guidance", settings.guidance)):
+        if number is not None and not (0 < number < 1000):
+            raise UsageError(f"--{name} {number}: a number above 0 and below 1000")
+    if (settings.sample_steps or 1) > TRAIN_STEPS:
+        raise UsageError(f"--sample_steps {settings.sample_steps}: at most {TRAIN_STEPS}, of which the model knows")
     if settings.mode not in MODES:
         raise UsageError(f"--mode {settings.mode}: one of {', '.join(MODES)}")
     if settings.dtype not in DTYPES:

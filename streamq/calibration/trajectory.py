@@ -1,6 +1,6 @@
 """Block-0 inputs of the float pipeline's own denoising, with the transformer streamed: bit for bit what it computes.
 
-    each step: outside of blocks -> for every block: read it once, run every video (and its negative) -> head -> scheduler
+    each step: outside of blocks -> every block: read once, run on every video (and its negative) -> head -> scheduler
 
 All videos are in flight together, so that a step reads each block once. Held in memory meanwhile: one block, what lies
 outside blocks, and the streams of one step: 2·videos·L·D elements (VACE: as many again for each of control and hints).
@@ -30,6 +30,7 @@ from streamq.calibration.interpolate import (
     SetFile,
     Stored,
     bins_of,
+    no_steps,
     numbered,
     open_shell,
     shapes_for,
@@ -40,7 +41,7 @@ from streamq.calibration.settings import Schedule, states_len, tokens_of
 from streamq.calibration.store import SampleInfo
 from streamq.checkpoint import Source
 from streamq.errors import UsageError, format_bytes
-from streamq.savers.shard import PARTIAL, disk_errors
+from streamq.savers.shard import disk_errors
 from streamq.wan import Expert
 from streamq.wan.blocks import BlockRunner, Shared, Shell, flow, names_in, order
 
@@ -105,10 +106,7 @@ class Trajectory:
         high = [bool(t >= limit) for t in self.timesteps]
         steps = [i for i, is_high in enumerate(high) if is_high != (expert == "low_noise_model")]
         if not steps:
-            where = "below" if expert == "low_noise_model" else "from"
-            raise UsageError(
-                f"--sample_steps {len(high)}: none of them is the {expert}'s, which are {where} {limit:g}; take more"
-            )
+            raise no_steps(len(high), expert, limit)
         return steps
 
     def _choose(self, bins: list[list[int]], count: int) -> list[Kept]:

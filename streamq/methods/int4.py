@@ -25,8 +25,8 @@ SHRINK = tuple(1 - i / 20 for i in range(11))
 class GroupQuantized:
     """W ≈ (codes - zeros) · scales. codes: [N, K], uint8 0..15, symmetric: int8 -7..7.
 
-    scales, zeros: fp32 [N, K / group_size]; a zero is any number, not only a code. damping: what GPTQ took; None without
-    it, and where its factorization failed and codes are plainly rounded.
+    scales, zeros: fp32 [N, K / group_size]; a zero is any number, not only a code. damping: what GPTQ took; None
+    without it, and where its factorization failed and codes are plainly rounded.
     """
 
     codes: Tensor
@@ -56,8 +56,8 @@ def quantize_groups(
 ) -> GroupQuantized:
     """Quantize weight [N, K] of any float dtype, or its columns times `columns` [K] fp32, in fp32.
 
-    importance: [K] mean x², what the clip search weighs a column's error with (default: the diagonal of `gram`, else all
-    alike). gram: [K, K] sum x^T x of the input as the weight sees it (divided by `columns`); makes the codes by GPTQ.
+    importance: [K] mean x², what the clip search weighs a column's error with (default: the diagonal of `gram`, else
+    all alike). gram: [K, K] sum x^T x of the input as the weight sees it (divided by `columns`); makes the codes by GPTQ.
     Raises ValueError if K is no multiple of the group size.
     """
     count, width = weight.shape

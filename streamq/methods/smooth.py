@@ -85,8 +85,8 @@ def search_alpha(
 ) -> Found:
     """SmoothQuant's alpha of least output error for a whole group, or s = 1 where nothing is better.
 
-    Needs kept rows (else ValueError). `settle` adjusts each candidate before it is tried (`exact`, `exact_for_norm`), so
-    that what is judged is what will be stored.
+    Needs kept rows (else ValueError). `settle` adjusts each candidate before it is tried (`exact`, `exact_for_norm`):
+    what is judged is what will be stored.
     """
     w = column_amax(weights)
     made = [(alpha, _smoothquant(stats.amax, w, alpha, scale_min)) for alpha in alphas]
@@ -103,9 +103,9 @@ def awq(
     ratios: Sequence[float] = RATIOS,
     settle: Quantizer | None = None,
 ) -> Found:
-    """AWQ v2 as in LLMC: s = mean|x|^r, normalized, r of least output error, or s = 1. Needs rows and mean (ValueError).
+    """AWQ v2 as in LLMC: s = mean|x|^r, normalized, r of least output error, or s = 1.
 
-    LLMC compares inside its loop over samples, so its first sample decides; here the error is summed first.
+    Needs kept rows and the mean (else ValueError). LLMC compares inside its loop over samples, so its first sample decides; here the error is summed first.
     """
     made = [(ratio, _awq(stats.mean, ratio)) for ratio in ratios]
     return _search(stats, weights, act, quantizer, made, settle)
@@ -176,9 +176,9 @@ def exact(s: Tensor) -> Tensor:
 def exact_for_norm(s: Tensor, norm_weight: Tensor) -> Tensor:
     """The fp32 vector next to s for which (w / s).to(w.dtype), the folded norm weight, loses nothing.
 
-    t = (w / s).to(dtype), s' = w / t: dividing by s' and rounding gives t again, and the layer's weight is multiplied by
-    what the norm really divides by. Where t is not finite, or 0 with w != 0, s' = 1, for which t = w. Where w is 0, t is
-    0 for any s, which stays. In fp32 s stays: t is off by 2^-24 at most, and w / t would be rounded as well.
+    t = (w / s).to(dtype), s' = w / t: dividing by s' and rounding gives t again, and the layer's weight is multiplied
+    by what the norm really divides by. Where t is not finite, or 0 with w != 0, s' = 1, for which t = w. Where w is 0,
+    t is 0 for any s, which stays. In fp32 s stays: t is off by 2^-24 at most, and w / t would be rounded as well.
     """
     s = s.float()
     if norm_weight.dtype == torch.float32:

@@ -52,7 +52,7 @@ class Histogram:
         # By a power of two: exact, also as a product with a reciprocal.
         factor = BINS / 2 / self.limit
         for tile in x.split(TILE_ROWS):
-            index = tile.float().mul_(factor).floor_().add_(BINS // 2).int()
+            index = (tile.float() * factor).floor_().add_(BINS // 2).int()
             self.counts += torch.bincount(index.flatten(), minlength=BINS)
 
     def _double(self) -> None:
@@ -76,8 +76,8 @@ def spread(count: int, length: int, phase: int) -> Tensor:
 class InputStatistics:
     """Accumulates over `n_samples` inputs [..., columns] of one layer (or of layers that share their input).
 
-    columns_lo, columns_hi: [K] fp32, min(0, min) and max(0, max) of each channel over all rows so far. gram: [K, K] fp32
-    sum of x^T x over `gram_count` rows, or None. rows: [m, K] in x's dtype, m <= wanted.rows. histogram: or None.
+    columns_lo, columns_hi: [K] fp32, min(0, min) and max(0, max) of each channel over all rows so far. gram: [K, K]
+    fp32 sum of x^T x over `gram_count` rows, or None. rows: [m, K] in x's dtype, m <= wanted.rows. histogram: or None.
     NaN and Inf stay visible in `amax`; they enter neither histogram nor anything that needs it.
     """
 
