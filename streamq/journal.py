@@ -302,7 +302,7 @@ def _check_same_weights(plan: Plan, document: dict[str, Any]) -> None:
     """
     for part in plan.experts:
         with closing(Source(part.expert.model.checkpoint)) as source:
-            for step in (step for unit in part.units for step in unit.steps if not step.quantized):
+            for step in (step for unit in part.units for step in unit.steps if step.passed):
                 for info, place in zip(step.sources, step.outputs[0].places, strict=True):
                     if info.nbytes > SMALL_NBYTES:
                         continue

@@ -66,6 +66,11 @@ class Step:
     replayed: bool = False
 
     @property
+    def passed(self) -> bool:
+        """Whether every target gets the source's own bytes."""
+        return bool(self.sources) and not any(output.scheme or output.smooth for output in self.outputs)
+
+    @property
     def held(self) -> bool:
         """Whether it is worked on in the device's memory; otherwise its bytes are copied in chunks."""
         return self.replayed or any(output.scheme for output in self.outputs)

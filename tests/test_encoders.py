@@ -311,5 +311,4 @@ def test_nothing_asks_for_a_network_and_nothing_is_printed(pipeline: Any, pictur
         [sys.executable, "-W", "ignore", "-c", OFFLINE, pipeline("i2v")[0], pictures[0]],
         capture_output=True, text=True, env=env, timeout=120, check=False,
     )  # fmt: skip
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    assert "%|" not in done.stderr  # no progress bar of somebody else's
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

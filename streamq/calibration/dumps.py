@@ -95,7 +95,7 @@ def _digest(call: Call) -> bytes:
     for tensor in (call.latents, call.timestep, call.text, call.image, call.control):
         if tensor is not None:
             digest.update(repr(tuple(tensor.shape)).encode())
-            digest.update(tensor.view(torch.uint8).numpy())
+            digest.update(tensor.view(torch.uint8).numpy().data)
     return digest.digest()
 
 

@@ -119,6 +119,8 @@ def encode_texts(parts: Parts, texts: Sequence[str], device: torch.device, dtype
     tokens = _tokenize(_need(parts.tokenizer, parts, "tokenizer", "--text_embeds"), distinct)
     flat = [token for one in tokens for token in one]
     lengths = [len(one) for one in tokens]
+    states: Any = None
+    model: Any = None
     try:
         with closing(Source(checkpoint)) as source, torch.no_grad():
             states = _embed(source, flat, dtype).to(device)
@@ -275,7 +277,8 @@ class LatentCodec:
         how = {"local_files_only": True, "use_safetensors": True}
         self.device = device
         self._vae: Any = _loaded(folder, lambda: kind.from_pretrained(folder, **how))
-        self._vae = self._vae.to(device, dtype or torch.float32).eval()
+        with _quiet("diffusers"):  # it warns of modules to be kept in float32, of which this VAE has none
+            self._vae = self._vae.to(device, dtype or torch.float32).eval()
         config = self._vae.config
         self.z_dim = int(config.z_dim)
         self._mean = torch.tensor(config.latents_mean).view(1, self.z_dim, 1, 1, 1).to(device)
@@ -377,6 +380,6 @@ def _release(device: torch.device) -> None:
     import torch
 
     gc.collect()
-    module = getattr(torch, device.type, None)
-    if hasattr(module, "empty_cache"):
-        module.empty_cache()
+    empty = getattr(getattr(torch, device.type, None), "empty_cache", None)
+    if empty is not None:
+        empty()

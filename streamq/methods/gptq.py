@@ -114,7 +114,7 @@ def _factor(gram: Tensor, order: Tensor, damping: float) -> tuple[Tensor | None,
     """(U [K, K] fp32 for H in this order, the damping that it took), or (None, None)."""
     diagonal = gram.diagonal()[order]
     dead = diagonal == 0
-    mean = float(diagonal[~dead].double().mean()) if not bool(dead.all()) else 1.0
+    mean = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
     for attempt in range(ATTEMPTS):
         share = damping * 10**attempt
         back = order.flip(0)

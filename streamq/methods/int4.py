@@ -57,7 +57,8 @@ def quantize_groups(
     """Quantize weight [N, K] of any float dtype, or its columns times `columns` [K] fp32, in fp32.
 
     importance: [K] mean x², what the clip search weighs a column's error with (default: the diagonal of `gram`, else
-    all alike). gram: [K, K] sum x^T x of the input as the weight sees it (divided by `columns`); makes the codes by GPTQ.
+    all alike). gram: [K, K] sum x^T x of the input as the weight sees it (divided by `columns`); makes the codes by
+    GPTQ.
     Raises ValueError if K is no multiple of the group size.
     """
     count, width = weight.shape

@@ -36,9 +36,9 @@ def relative_and_cosine(a: float, b: float, lost: float) -> tuple[float, float]:
     if a == 0:
         return (0.0, 1.0) if b == 0 else (float("inf"), 0.0)
     if b == 0:
-        return (lost / a) ** 0.5, 0.0
+        return lost**0.5 / a**0.5, 0.0
     cosine = (a + b - lost) / (2 * a**0.5 * b**0.5)
-    return (lost / a) ** 0.5, max(-1.0, min(1.0, cosine))
+    return lost**0.5 / a**0.5, max(-1.0, min(1.0, cosine))
 
 
 @torch.no_grad()

@@ -105,7 +105,8 @@ def awq(
 ) -> Found:
     """AWQ v2 as in LLMC: s = mean|x|^r, normalized, r of least output error, or s = 1.
 
-    Needs kept rows and the mean (else ValueError). LLMC compares inside its loop over samples, so its first sample decides; here the error is summed first.
+    Needs kept rows and the mean (else ValueError). LLMC compares inside its loop over samples, so its first sample
+    decides; here the error is summed first.
     """
     made = [(ratio, _awq(stats.mean, ratio)) for ratio in ratios]
     return _search(stats, weights, act, quantizer, made, settle)
@@ -160,16 +161,11 @@ def output_losses(
 def exact(s: Tensor) -> Tensor:
     """The fp32 vector next to s > 0 whose reciprocals are bf16 numbers m, so that a runtime may keep 1 / s in bf16.
 
-    1 / result equals m in fp32 too. Values beyond 2^±100 are cut to that.
+    Computed in fp32, 1 / result is m but for the last bit (for some m no fp32 s gives it), and rounds to m in bf16.
+    Values beyond 2^±100 are cut to that.
     """
     one = torch.ones_like(s, dtype=torch.float32)
-    m = (one / s.float().clamp(S_LEAST, S_MOST)).bfloat16().float()
-    near = one / m
-    # The reciprocal of a reciprocal may miss by one unit; a neighbour then hits.
-    for toward in (0.0, float("inf")):
-        other = torch.nextafter(one / m, torch.full_like(one, toward))
-        near = torch.where((one / near != m) & (one / other == m), other, near)
-    return near
+    return one / (one / s.float().clamp(S_LEAST, S_MOST)).bfloat16().float()
 
 
 @torch.no_grad()

@@ -150,7 +150,8 @@ class InputStatistics:
         for tile in x.split(TILE_ROWS):
             total += tile.float().abs().sum(dim=0)
         # A running mean: its rounding error does not grow as that of a sum over millions of rows would.
-        self._mean += total.div_(x.shape[0]).sub_(self._mean).mul_(x.shape[0] / self.count)
+        count = torch.full((), float(x.shape[0]), device=x.device)
+        self._mean += total.div_(count).sub_(self._mean).mul_(x.shape[0] / self.count)
 
     def _add_gram(self, x: Tensor, number: int) -> None:
         assert self.gram is not None
