@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from streamq.calibration.replay import Seen
 from streamq.methods import METHODS
 from streamq.methods.report import output_error
 from streamq.methods.smooth import awq, exact, exact_for_norm, search_alpha, smoothquant
@@ -19,6 +19,9 @@ from streamq.methods.statistics import InputStatistics
 from streamq.quantized import QuantizedLinear, Scheme, Smooth
 from streamq.recipe import QConfig
 from streamq.wan import block_of, group_of
+
+if TYPE_CHECKING:
+    from streamq.calibration.replay import Seen
 
 PLAIN = QConfig("per_channel", "int8")
 

@@ -26,11 +26,11 @@ from streamq.calibration.start import open_replay
 from streamq.checkpoint import Source
 from streamq.device import Device
 from streamq.device.cpu import host_bytes
-from streamq.journal import Commit
+from streamq.journal import Commit, Journal
 from streamq.layers import Block, is_finite
 from streamq.methods.int8 import DTYPES
-from streamq.plan import COPY_CHUNK, Plan, Step, Unit
-from streamq.savers.shard import Place, write_whole
+from streamq.plan import COPY_CHUNK, ExpertPlan, Plan, Step, Unit
+from streamq.savers.shard import Place, ShardWriter, write_whole
 from streamq.stages import Arena, Lane, Watcher
 from streamq.steps import Loaded, Work, damaged, load, made, observe
 
@@ -51,21 +51,26 @@ def run(plan: Plan, device: Device, watcher: Watcher) -> dict[str, Any] | None:
         for part in plan.experts:
             todo = [unit for unit in part.units if unit.key not in done]
             if todo:
-                with ExitStack() as at_work:
-                    source, hasher = Source(part.expert.model.checkpoint), Lane(plan.options.read_ahead, "hasher")
-                    at_work.enter_context(closing(source))
-                    at_work.enter_context(closing(hasher))
-                    replay = at_work.enter_context(open_replay(plan, part, todo, device, journal, watcher))
-                    arena, chunk = Arena(device, plan.arena_nbytes), torch.empty(COPY_CHUNK, dtype=torch.uint8)
-                    _run_units(
-                        Work(plan, part, device, source, writers, journal, watcher, hasher, replay, arena, chunk), todo
-                    )
+                _run_expert(plan, part, todo, device, writers, journal, watcher)
         hashes = {writer.file.path: writer.publish() for writer in writers}
         for path, content, mode in plan.documents:
             hashes[path] = write_whole(plan.options.save_path / path, content, mode)
         manifest = journals.write_manifest(plan, journal.commits, hashes)
         journal.remove()
     return manifest
+
+
+def _run_expert(
+    plan: Plan, part: ExpertPlan, todo: list[Unit], device: Device, writers: list[ShardWriter], journal: Journal,
+    watcher: Watcher,
+) -> None:  # fmt: skip
+    with ExitStack() as files:
+        source, hasher = Source(part.expert.model.checkpoint), Lane(plan.options.read_ahead, "hasher")
+        files.enter_context(closing(source))
+        files.enter_context(closing(hasher))
+        replay = files.enter_context(open_replay(plan, part, todo, device, journal, watcher))
+        arena, chunk = Arena(device, plan.arena_nbytes), torch.empty(COPY_CHUNK, dtype=torch.uint8)
+        _run_units(Work(plan, part, device, source, writers, journal, watcher, hasher, replay, arena, chunk), todo)
 
 
 def _run_units(work: Work, units: list[Unit]) -> None:

@@ -37,7 +37,7 @@ def make_plan(options: QuantOptions, *, download: bool) -> Plan:
     """
     source_path = hub.resolve(options.model_path, download=download)
     try:
-        _check_paths(source_path, options.save_path)
+        check_paths(source_path, options.save_path)
     except OSError as error:  # a name that is too long, links in a circle
         raise UsageError(
             f"--save_path {str(options.save_path)[:200]}: {error.strerror}; give another folder"
@@ -46,7 +46,7 @@ def make_plan(options: QuantOptions, *, download: bool) -> Plan:
     experts = wan.open_model(source_path)
     wan.check_model_type(options.model_type, experts)
     for expert in experts:
-        _check_sources_outside(expert, options.save_path)
+        check_sources_outside(expert, options.save_path)
     targets, warnings = _targets(options)
     builder = _Builder(options, source_path, targets, warnings)
     placed = {expert.name: [builder.placement(target, expert) for target in targets] for expert in experts}
@@ -139,7 +139,7 @@ def _arena_nbytes(
     return wanted, room
 
 
-def _check_paths(source: Path, save_path: Path) -> None:
+def check_paths(source: Path, save_path: Path) -> None:
     model, save = source.resolve(), save_path.resolve()
     for inner, outer, relation in ((save, model, "inside"), (model, save, "above")):
         if inner == outer:
@@ -156,7 +156,7 @@ def _check_paths(source: Path, save_path: Path) -> None:
         raise UsageError(f"--save_path {save_path}: {parent} cannot be written to; check its permissions")
 
 
-def _check_sources_outside(expert: wan.Expert, save_path: Path) -> None:
+def check_sources_outside(expert: wan.Expert, save_path: Path) -> None:
     save = save_path.resolve()
     for file in expert.model.checkpoint.files:
         if file.path.resolve().is_relative_to(save):

@@ -5,11 +5,10 @@ from __future__ import annotations
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from streamq.calibration.replay import Replay, Seen
 from streamq.checkpoint import Source, TensorInfo
 from streamq.device import Device
 from streamq.errors import RunError
@@ -20,6 +19,9 @@ from streamq.plan import ExpertPlan, Plan, Step, Unit, aligned
 from streamq.quantized import QuantizedLinear, Scheme, encode_vector
 from streamq.savers.shard import Place, ShardWriter
 from streamq.stages import Arena, Lane, Watcher
+
+if TYPE_CHECKING:
+    from streamq.calibration.replay import Replay, Seen
 
 Loaded = tuple[Step, torch.Tensor | None, Future[Any]]  # a step, its region of the arena, the loading of it
 

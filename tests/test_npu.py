@@ -142,7 +142,7 @@ def _interrupted(commits: int) -> Iterator[None]:
 
 
 def _figures(plan: Any) -> dict[str, int]:
-    steps = [step for unit in plan.units for step in unit.steps if step.quantized]
+    steps = [step for unit in plan.units for step in unit.steps if step.held]
     return {
         "arena": plan.arena_nbytes,
         "peak": plan.peak_device_bytes,
@@ -347,7 +347,7 @@ def test_only_layers_cross_and_nothing_stays(job: Job, done: Done) -> None:
     assert plan["passed"] > 0
     assert counts["to_device_bytes"] == plan["in"]
     # Beside the tensors come two fp32 norms a row, of which the error is made; a row has 64 codes or more.
-    assert plan["out"] < counts["to_host_bytes"] <= plan["out"] * (1 + 8 / 64)
+    assert plan["out"] < counts["to_host_bytes"] <= plan["out"] * (1 + 12 / 64)
     assert counts["to_device_copies"] > plan["in"] // CHUNK
     assert counts["to_host_copies"] > plan["out"] // CHUNK
 

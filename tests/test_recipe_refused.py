@@ -163,7 +163,7 @@ def test_a_wrong_value(refused: Refused, path: str, value: Any, says: tuple[str,
     refused(edited((path, value)), path, *says)
 
 
-LATER = ["online_quarot", "fa3_quant", "iter_smooth", "smooth_quant"]
+LATER = ["online_quarot", "fa3_quant"]
 PEER_S = [
     "awq", "flex_smooth_quant", "flex_awq_ssz", "quarot", "svd_res", "flatquant", "autoround_quant", "kv_smooth",
     "float_sparse", "adapt_rotation", "group", "module_func",
@@ -195,7 +195,7 @@ def test_weights_alone_are_no_type_of_these_formats(refused: Refused, act: Any, 
         ({"scope": "per_token"}, {"dtype": "mxfp8", "scope": "per_block"}, (QCONFIG, "mxfp8")),
         ({"scope": "per_block", "dtype": "mxfp8"}, {}, (QCONFIG, "mxfp8")),
         ({"scope": "per_token"}, {"scope": "per_block"}, (QCONFIG, "per_block")),
-        ({"scope": "per_tensor"}, {}, ("w8a8_static", "mindie", "w8a8")),
+        ({"scope": "per_tensor"}, {"dtype": "mxfp4", "scope": "per_block"}, (QCONFIG, "mxfp4")),
         ({"scope": "per_block", "dtype": "mxfp8"}, {"scope": "per_block", "dtype": "mxfp8"}, ("w8a8_mxfp8", "w8a8")),
     ],
 )

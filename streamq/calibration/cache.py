@@ -169,4 +169,3 @@ class Cache:
             self._close(stream)
         self._begun = {}
         self._source.close()
-

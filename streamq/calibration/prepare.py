@@ -34,7 +34,7 @@ from streamq.checkpoint import DTYPE_SIZE, open_checkpoint
 from streamq.device import HOST_BASE, MiB, kind_of
 from streamq.errors import UsageError
 from streamq.plan import DISK_RESERVE, existing_parent
-from streamq.planner import _check_paths, _check_sources_outside
+from streamq.planner import check_paths, check_sources_outside
 from streamq.wan import Expert, Model, unit_of
 
 OURS = re.compile(r"(inputs(-high_noise_model|-low_noise_model)?\.safetensors|calib\.json)(\.partial)?|thumbnails")
@@ -91,14 +91,14 @@ def prepare(
     """Check everything that headers tell. `budgets`: bytes of host and of device memory. Raises UsageError."""
     source = hub.resolve(model_path, download=True)
     try:
-        _check_paths(source, save_path)
+        check_paths(source, save_path)
     except OSError as error:  # a name that is too long, links in a circle
         raise UsageError(f"--save_path {str(save_path)[:200]}: {error.strerror}; give another folder") from error
     kind = kind_of(device)
     experts = wan.open_model(source)
     wan.check_model_type(model_type, experts)
     for expert in experts:
-        _check_sources_outside(expert, save_path)
+        check_sources_outside(expert, save_path)
     make.check(settings, experts)
     parts = encoders.find_parts(source)
     schedule = make.schedule_for(settings, experts, parts)
@@ -227,7 +227,9 @@ def outlook(settings: CalibSettings, experts: Sequence[Expert], parts: Parts, ki
     width = 2 if settings.dtype == "bf16" else 4
     streams = prompts * 2 * tokens * model.dim * width * (2 + model.n_vace_blocks if model.n_vace_blocks else 1)
     weights = max(_weights_nbytes(expert.model, settings) for expert in experts)
-    active = activation_nbytes(model, shapes) if settings.mode == "trajectory" else _stem_nbytes(model, shapes)
+    active = _stem_nbytes(model, shapes)
+    if settings.mode == "trajectory":
+        active += activation_nbytes(model, shapes)
     on_device = weights + active + streams
     host = HOST_BASE[kind] + DIFFUSERS_BASE
     return Outlook(
@@ -258,8 +260,8 @@ def _weights_nbytes(model: Model, settings: CalibSettings) -> int:
 
 def _stem_nbytes(model: Model, shapes: Shapes) -> int:
     """Of one sample on its way to block 0: latents, patches, and TI2V's time projection of every token."""
-    per_token = 6 * model.dim * 3 if model.family == "ti2v" else 0
-    return 4 * shapes.tokens * (4 * model.dim + per_token + 16 * model.in_channels)
+    rows = 2 * 6 * model.dim * (2 if shapes.dtype == "BF16" else 4) if model.family == "ti2v" else 0
+    return shapes.tokens * (16 * model.dim + rows + 64 * model.in_channels)
 
 
 def _encoders_nbytes(parts: Parts, settings: CalibSettings) -> int:

@@ -7,7 +7,6 @@ through the float block, to look, and once through the quantized one, to go on w
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -181,15 +180,3 @@ def _quantizing(layer: QuantizedLinear) -> Any:
         return (x.to(args[0].dtype), *args[1:])
 
     return change
-
-
-@contextmanager
-def all_cores(device: Device) -> Iterator[None]:
-    """Forwards are bound by arithmetic, so on a CPU they get every core, unlike the tiles of a data-free run."""
-    before = torch.get_num_threads()
-    if device.kind == "cpu":
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

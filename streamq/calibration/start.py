@@ -1,19 +1,23 @@
-"""How a calibrated run comes by its inputs: the user's set, or one that it makes first; and where it goes on."""
+"""How a calibrated run comes by its inputs: the user's set, or one that it makes first; and where it goes on.
+
+What replays blocks is imported only then: it needs diffusers, which a data-free run has no use for.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING
 
-from streamq.calibration.cache import Cache
-from streamq.calibration.make import make_set
-from streamq.calibration.replay import TORCH_DTYPES, Replay, all_cores
 from streamq.calibration.store import CalibSet, check_content, open_set
 from streamq.device import Device
 from streamq.errors import UsageError
 from streamq.journal import CACHE, Journal
 from streamq.plan import ExpertPlan, Plan, Unit
 from streamq.stages import Watcher
+
+if TYPE_CHECKING:
+    from streamq.calibration.replay import Replay
 
 # In a run's own folder nothing has a name that a runtime would load.
 DOCUMENT, SUFFIX = "calib.cache", ".cache"
@@ -30,9 +34,13 @@ def open_replay(
     if plan.calibration is None or not any(unit.replayed for unit in todo):
         yield None
         return
+    from streamq.calibration.cache import Cache
+    from streamq.calibration.make import all_threads
+    from streamq.calibration.replay import TORCH_DTYPES, Replay
+
     folder = plan.options.save_path / CACHE
     folder.mkdir(exist_ok=True)
-    with all_cores(device):
+    with all_threads():
         found = _inputs(plan, device, journal, watcher)
         inputs, dtype = found.experts[part.expert.name], TORCH_DTYPES[plan.calibration.dtype]
         check_content(found, part.expert.name)
@@ -53,6 +61,8 @@ def _inputs(plan: Plan, device: Device, journal: Journal, watcher: Watcher) -> C
         return open_set(folder, DOCUMENT)
     if journal.commits:
         raise UsageError(f"{folder}: the calibration inputs of the unfinished run are gone; start with --no_resume")
+    from streamq.calibration.make import make_set
+
     experts = [part.expert for part in plan.experts]
     return make_set(
         folder, plan.calibration.settings, experts, plan.source_path, device,
