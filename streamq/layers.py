@@ -54,8 +54,11 @@ class Block:
             norm = f"{block_of(smooth.group)}.{group_of(smooth.layers[0]).norm}.weight"
             return exact_for_norm(s, self.seen.tensors[norm]) if smooth.way == "norm" else exact(s)
 
+        # Of the weight alone: what happens to the input is the search's own business.
+        rounded = replace(plain(scheme), pair=replace(plain(scheme).pair, act=QConfig("per_token", "int8")))
+
         def quantizer(w: Tensor) -> Tensor:
-            return METHODS[scheme.type](w, None, plain(scheme)).dequantize()
+            return METHODS["w8a8"](w, None, rounded).dequantize()
 
         if smooth.method == "smoothquant":
             return settle(smoothquant(statistics.amax, weights, smooth.alpha, smooth.scale_min))

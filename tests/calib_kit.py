@@ -107,7 +107,7 @@ class CalibRecorder(Recorder):
         super()._note(name, args, path)
         self._watch()
         if name in ("open", "mkdir", "write_bytes") and not os.path.lexists(path):
-            self._entered.add(path)
+            self._entered |= {path} - {self.root}  # whose own folder is not watched
         elif name == "replace" and path in self._entered:
             self._entered.add(faults.path_of(args[1]))
         elif name == "fsync":
@@ -122,6 +122,8 @@ class CalibRecorder(Recorder):
 
     def _cut(self, *, keep_renames: bool) -> None:
         super()._cut(keep_renames=keep_renames)
+        if self.fault.target == "lenient":  # the cache's own folder has been entered
+            self._entered.discard(f"{self.root}/{CACHE}")
         for entry in sorted(self._entered):
             if os.path.isdir(entry):
                 shutil.rmtree(entry)
@@ -204,6 +206,11 @@ class Kit:
         return self._known[key]
 
 
+def bug(why: str) -> pytest.MarkDecorator:
+    """Known and reported; strict, so that a fix shows."""
+    return pytest.mark.xfail(reason=why, strict=True)
+
+
 def calib_argv(model: Path, out: Path, *more: object) -> list[str]:
     """A calibrated run's command line."""
     return ["quant", "--model_path", str(model), "--save_path", str(out), "--device", "cpu", *map(str, more)]
@@ -217,16 +224,24 @@ def write_recipe(path: Path, stem: str, calibration: dict[str, Any]) -> Path:
     return path
 
 
+_kits: list[Kit] = []
+
+
 @pytest.fixture(scope="session")
 def kit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kit]:
-    """Two forking servers that have replayed a model already, and what is run on them."""
+    """Two forking servers that have replayed a model already, and what is run on them. One for all that import it."""
+    if _kits:
+        yield _kits[0]
+        return
     folder = tmp_path_factory.mktemp("calibrated")
     found = Kit(None, folder)  # type: ignore[arg-type]
     warm = calib_argv(found.model("vace"), folder, "--config_path", str(found.recipe("smooth")))
     at = warm.index("--save_path")
     with mock.patch.object(faults, "__file__", __file__):  # the script that a server is
         found.runs = Runs(folder / "servers", [*warm[:at], *warm[at + 2 :]], width=2)
+    _kits.append(found)
     yield found
+    _kits.clear()
     found.runs.close()
     shutil.rmtree(folder)
 

@@ -21,9 +21,9 @@ from streamq.calibration.store import ExpertInputs
 from streamq.checkpoint import Source, TensorInfo
 from streamq.device import Device
 from streamq.errors import RunError
-from streamq.methods.activation import fake_quantize
 from streamq.methods.statistics import InputStatistics, Wanted
 from streamq.quantized import QuantizedLinear, Scheme
+from streamq.simulate import put_in
 from streamq.wan import Expert
 from streamq.wan.blocks import BlockRunner, Shared, flow
 
@@ -70,15 +70,13 @@ class Replay:
         """
         if self.plan.next_input == "float":
             return
-        module, handles = self.runner.module(unit), []
+        module = self.runner.module(unit)
+        floats = {name: module.get_submodule(name) for name in (full.removeprefix(f"{unit}.") for full in layers)}
         for name, layer in layers.items():
-            linear = module.get_submodule(name.removeprefix(f"{unit}."))
-            assert isinstance(linear, nn.Linear)
-            linear.weight = nn.Parameter(layer.effective().to(linear.weight.dtype), requires_grad=False)
-            handles.append(linear.register_forward_pre_hook(_quantizing(layer)))
+            put_in(module, name.removeprefix(f"{unit}."), layer)
         self._run(unit, keep=True)
-        for handle in handles:
-            handle.remove()
+        for name, linear in floats.items():
+            module.set_submodule(name, linear)
         self.runner.release()
 
     def _run(self, unit: str, *, keep: bool) -> None:
@@ -169,14 +167,3 @@ def _giving(statistics: InputStatistics) -> Any:
         statistics.update(args[0])
 
     return look
-
-
-def _quantizing(layer: QuantizedLinear) -> Any:
-    def change(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x = args[0].float()
-        x = x if layer.smooth is None else x / layer.smooth
-        x = fake_quantize(x, layer.scheme.pair.act, layer.static)
-        x = x if layer.smooth is None else x * layer.smooth
-        return (x.to(args[0].dtype), *args[1:])
-
-    return change

@@ -115,8 +115,24 @@ def fake_quantize(x: Tensor, config: QConfig, static: StaticInput | None = None)
     int8 per_token: scale amax(row) / 127. int8 per_tensor: by `static`. int4 per_group: amax / 7 of each 64 columns
     (`ext` key `group_size`), codes -7..7 (Nunchaku's). Raises ValueError for what no runtime has, or without `static`.
     """
+    if (config.dtype, config.scope) == ("int4", "per_group"):
+        group = int(dict(config.ext).get("group_size", GROUP))
+        if x.shape[-1] % group:
+            raise ValueError(f"{x.shape[-1]} columns are no multiple of the group size {group}")
+        codes, scale = _round(x.unflatten(-1, (-1, group)), 7, -7)
+        return codes.mul_(scale).flatten(-2)
+    codes, factor = quantize_input(x, config, static)
+    return codes if factor is None else codes.mul_(factor)
+
+
+@torch.no_grad()
+def quantize_input(x: Tensor, config: QConfig, static: StaticInput | None = None) -> tuple[Tensor, Tensor | None]:
+    """x [..., K] fp32 as whole numbers and what they are multiples of: [..., 1], or 0-dim if static; float: x and None.
+
+    int8 only; a static input's codes come less their offset. Raises ValueError as `fake_quantize` does.
+    """
     if config.dtype == "float":
-        return x
+        return x, None
     if (config.dtype, config.scope) == ("int8", "per_token"):
         return _round(x, 127, -128)
     if (config.dtype, config.scope) == ("int8", "per_tensor"):
@@ -125,20 +141,15 @@ def fake_quantize(x: Tensor, config: QConfig, static: StaticInput | None = None)
         # The runtime rounds x / scale, then adds the whole-numbered offset.
         scale = torch.full((), static.scale, device=x.device)
         q = torch.div(x, scale).round_().add_(static.offset).clamp_(-128, 127)
-        return q.sub_(static.offset).mul_(scale)
-    if (config.dtype, config.scope) == ("int4", "per_group"):
-        group = int(dict(config.ext).get("group_size", GROUP))
-        if x.shape[-1] % group:
-            raise ValueError(f"{x.shape[-1]} columns are no multiple of the group size {group}")
-        return _round(x.unflatten(-1, (-1, group)), 7, -7).flatten(-2)
+        return q.sub_(static.offset), scale
     raise ValueError(f"activations {config.dtype} {config.scope}: no such rounding")
 
 
-def _round(x: Tensor, qmax: int, qmin: int) -> Tensor:
+def _round(x: Tensor, qmax: int, qmin: int) -> tuple[Tensor, Tensor]:
     """Symmetric, one scale for each vector along the last dimension."""
     scale = torch.maximum(x.amax(dim=-1, keepdim=True), x.amin(dim=-1, keepdim=True).neg_())
     scale = scale.div_(torch.full((), float(qmax), device=x.device)).clamp_min_(TOKEN_FLOOR)
-    return torch.div(x, scale).round_().clamp_(qmin, qmax).mul_(scale)
+    return torch.div(x, scale).round_().clamp_(qmin, qmax), scale
 
 
 @torch.no_grad()

@@ -1,0 +1,48 @@
+"""A quantized layer as its runtime computes it, on any device: codes times codes, then the scales.
+
+int8 codes, and static ones less their offset (at most 256 in size), are whole numbers that bf16 holds exactly, and the
+product accumulates in fp32; so a float matrix product stands for the integer one, at a float layer's speed and memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from streamq.methods.activation import quantize_input
+from streamq.quantized import QuantizedLinear
+
+
+class SimulatedLinear(nn.Module):
+    """Takes the float layer's place: [..., in] -> [..., out], in the input's dtype.
+
+    Smoothing is undone around it, so that the layers next to it may still be float: the input is divided by `smooth`
+    here, and the output multiplied by `rows`, which the next layer's `smooth` would cancel.
+    """
+
+    def __init__(self, layer: QuantizedLinear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer = layer
+        self.codes = layer.codes.to(dtype)
+        self.scales = layer.scales.squeeze(1)
+        self.bias = None if layer.bias is None else layer.bias.float()
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        given, x = x.dtype, x.float()
+        if self.layer.smooth is not None:
+            x = x / self.layer.smooth
+        codes, scale = quantize_input(x, self.layer.scheme.pair.act, self.layer.static)
+        y = nn.functional.linear(codes.to(self.codes.dtype), self.codes).float().mul_(self.scales)
+        if scale is not None:
+            y = y.mul_(scale)
+        if self.bias is not None:
+            y = y.add_(self.bias)
+        return (y if self.layer.rows is None else y.mul_(self.layer.rows)).to(given)
+
+
+def put_in(module: nn.Module, name: str, layer: QuantizedLinear) -> None:
+    """Replace a block's linear layer by a simulated one, for as long as the block lives."""
+    linear = module.get_submodule(name)
+    assert isinstance(linear, nn.Linear), name
+    module.set_submodule(name, SimulatedLinear(layer, linear.weight.dtype))
