@@ -206,9 +206,9 @@ class Kit:
         return self._known[key]
 
 
-def bug(why: str) -> pytest.MarkDecorator:
-    """Known and reported; strict, so that a fix shows."""
-    return pytest.mark.xfail(reason=why, strict=True)
+def bug(why: str, *, strict: bool = True) -> pytest.MarkDecorator:
+    """Known and reported; strict, so that a fix shows, unless it does not happen every time."""
+    return pytest.mark.xfail(reason=why, strict=strict)
 
 
 def calib_argv(model: Path, out: Path, *more: object) -> list[str]:

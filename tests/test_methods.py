@@ -98,7 +98,8 @@ def test_searches_find_the_least_loss_of_their_grids(act: QConfig, kind: str, mo
     weights = [torch.randn(40, 96), torch.randn(24, 96) * 3]
     if kind == "search":
         found = search_alpha(stats, weights, act, rounded)
-        grid = [(i / 20, smoothquant(stats.amax, weights, i / 20)) for i in range(21)]
+        cooled = stats.amax.maximum(stats.amax.mean())
+        grid = [(i / 20, smoothquant(cooled, weights, i / 20)) for i in range(21)]
     else:
         found = awq(stats, weights, act, rounded)
         grid = []

@@ -15,7 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import conftest
 import pytest
+from consumer.made import Made as Calibrated
+from consumer.made import Model, linear, recipe, save_divided
 
 SCRIPT = Path(__file__).resolve().parent / "consumer" / "load_mindie.py"
 WEIGHTS = "quant_model_weight_w8a8_dynamic.safetensors"
@@ -67,10 +70,10 @@ def make(tiny: Callable[..., Path], run: Callable[..., Any], tmp_path: Path) -> 
     return quantize
 
 
-def load(folder: Path, source: Path, dtype: str = "bfloat16") -> Any:
+def load(folder: Path, source: Path, dtype: str = "bfloat16", *more: object) -> Any:
     """Run the loader on a folder; returns its report, which has `error` when mindiesd refused."""
     done = subprocess.run(
-        [sys.executable, SCRIPT, folder, source, "--dtype", dtype],
+        [sys.executable, SCRIPT, folder, source, "--dtype", dtype, *map(str, more)],
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.stdout, done.stderr
@@ -173,3 +176,77 @@ def test_the_loader_check_sees_a_wrong_scale(make: Callable[..., Made]) -> None:
     (save / WEIGHTS).write_bytes(data)
     layers = load(save, floats)["quantized"]
     assert {name for name, layer in layers.items() if layer["weight_steps"] > 0.501} == {"blocks.1.self_attn.q"}
+
+
+# Calibrated types.
+
+LAYERS = [*ATTENTION, "ffn.0", "ffn.2"]
+IMAGE = ["cross_attn.k_img", "cross_attn.v_img"]
+SMOOTH = {"type": "smooth_quant", "alpha": 0.5}
+STEPS: dict[str, tuple[dict[str, Any], ...]] = {
+    "smooth": (SMOOTH, linear()),
+    "static": (linear("per_tensor", False),),
+    "static-smooth": (SMOOTH, linear("per_tensor", False)),
+    "mixed": (
+        SMOOTH | {"include": ["*ffn.0", "*cross_attn*"]},
+        linear("per_tensor", False, include=["*cross_attn.*", "blocks.0.ffn.2"]),
+        linear(include=["*self_attn.*", "*ffn.0"], exclude=["blocks.1.self_attn.v"]),
+        linear("per_tensor", True, include=["blocks.1.ffn.2"]),
+    ),
+}
+
+
+def calibrated(tmp_path: Path, family: str, name: str, dtype: str = "fp32") -> Calibrated:
+    """A calibrated output for MindIE, from a diffusers source."""
+    model = Model(tmp_path / "model", family, dtype)
+    return Calibrated(model, tmp_path / "out", "mindie", recipe(tmp_path / "r.yaml", *STEPS[name]))
+
+
+def check_calibrated(made: Calibrated, expert: str, dtype: str, tmp_path: Path) -> dict[str, Any]:
+    """Every layer has the right class and mode, our codes, and computes what the folder says; returns the layers."""
+    divided = save_divided(made, expert, tmp_path / f"divided{expert}.safetensors")
+    report = load(made.out / expert, made.model.native / expert, dtype, "--divided", divided)
+    assert "error" not in report, report
+    assert report["wrong"] == {}
+    assert set(report["quantized"]) == set(made.layers(expert))
+    label = f"{expert}/" if expert else ""
+    vectors = made.vectors(expert)
+    for name, layer in report["quantized"].items():
+        kind = made.manifest["layers"][label + name]["type"]
+        assert layer["class"] == "W8A8QuantLinear" and layer["codes_equal"], name
+        assert layer["dynamic"] == (not kind.startswith("w8a8_static")), name
+        folded = name.endswith("attn.o") and kind.endswith("_smooth")
+        assert layer["smoothed"] == (kind.endswith("_smooth") and not folded), name
+        assert not folded or f"{name.partition('.')[0]}.{name.split('.')[1]}." in " ".join(vectors)
+        assert layer["output"][:3] == [dtype.removeprefix("torch."), 2, 24], name
+        assert layer["weight_steps"] < 0.501, (name, layer)
+        # a static range rounded to bf16 costs up to 2^-9 of every value
+        assert layer["forward_error"] < 0.015 and layer["float_error"] < 0.05, (name, layer)
+    return report["quantized"]
+
+
+@pytest.mark.parametrize(("family", "source"), [("t2v-1.3B", "fp32"), ("i2v-14B", "bf16")])
+@pytest.mark.parametrize("name", ["smooth", "static", "static-smooth"])
+def test_calibrated(tmp_path: Path, family: str, source: str, name: str) -> None:
+    made = calibrated(tmp_path, family, name, source)
+    for dtype in ("bfloat16", "float16") if (family, name) == ("t2v-1.3B", "static-smooth") else ("bfloat16",):
+        found = check_calibrated(made, "", dtype, tmp_path)
+        layers = [*LAYERS, *(IMAGE if family == "i2v-14B" else [])]
+        assert set(found) == {f"blocks.{i}.{layer}" for i in range(2) for layer in layers}
+
+
+def test_calibrated_mixed_and_two_experts(tmp_path: Path) -> None:
+    made = calibrated(tmp_path, "t2v-A14B", "mixed")
+    for expert in made.model.experts:
+        found = check_calibrated(made, expert, "bfloat16", tmp_path)
+        assert {layer["dynamic"] for layer in found.values()} == {True, False}
+        assert {layer["smoothed"] for layer in found.values()} == {True, False}
+
+
+def test_calibrated_native_source_gives_the_same_folder(tmp_path: Path) -> None:
+    made = calibrated(tmp_path, "t2v-1.3B", "static-smooth")
+    native = list(made.command)
+    native[1], native[3] = made.model.native, tmp_path / "native"
+    assert conftest.run("quant", *native, "--quiet").returncode == 0
+    (path,) = made.out.glob("*.safetensors")
+    assert (tmp_path / "native" / path.name).read_bytes() == path.read_bytes()

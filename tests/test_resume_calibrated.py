@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from typing import Any
 import pytest
 from calib_kit import CACHE, STREAM, CalibWork, Kit, bug, least_memory, replays, stop, sweep, unsound, watched
 from calib_kit import kit as kit  # the fixture
-from faults import HALVED, JOURNAL, MANIFEST, Ended, Fault, differences, fresh, snapshot, stamps
+from faults import JOURNAL, MANIFEST, Ended, Fault, differences, fresh, snapshot, stamps
 from resume_kit import KILLED, KILLS, SEED, THOROUGH, finish, report, thinned, was_killed
 
 from streamq.options import QuantOptions
@@ -29,7 +30,7 @@ from streamq.planner import make_plan
 CASES = [("vace", "gptq"), ("pair", "smooth"), ("ti2v", "smooth_all")]
 if THOROUGH:
     CASES = [(m, r) for m in ("t2v", "vace", "ti2v", "pair") for r in ("smooth", "smooth_all", "static", "gptq")]
-named = pytest.mark.parametrize(("model", "recipe"), CASES, ids=" ".join)
+named = pytest.mark.parametrize(("model", "recipe"), CASES)
 
 
 def about_cache(work: CalibWork) -> list[int]:
@@ -52,9 +53,11 @@ def test_killed_at_every_call(kit: Kit, tmp_path: Path) -> None:
     work = kit.work("t2v", "static", "--read_ahead", 0)
     assert {call.split()[0] for call in work.calls} >= {"rmdir", "unlink", "replay", "posix_fallocate", "fdatasync"}
     numbers = thinned(range(1, len(work.calls) + 1), work.calls, 40)
+    if not THOROUGH:  # what is published is like a data-free run's, but for the manifest behind it
+        numbers = [n for n in numbers if not re.search(r"(config|description_w8a8)\.json", work.calls[n - 1])]
     streams = [number for number in work.numbers("pwrite") if STREAM in work.calls[number - 1]]
     assert len(streams) == 6
-    halves = {*streams, *(n for n in numbers if work.calls[n - 1].split()[0] in HALVED and CACHE in work.calls[n - 1])}
+    halves = {*streams, *(n for n in work.numbers("write", "write_bytes") if n in numbers)}
     faults = [Fault("before", n) for n in sorted({*numbers, *streams})] + [Fault("half", n) for n in sorted(halves)]
     problems = sweep(kit, work, tmp_path, [*faults, Fault("after", len(work.calls))], was_killed)
     assert not problems, report(problems)
@@ -67,7 +70,7 @@ def test_killed_and_resumed_with_other_settings(kit: Kit, tmp_path: Path, model:
     least = least_memory(kit, work, tmp_path / "none")
     for number, (more, other) in enumerate([([], ["--max_host_memory", least]), (["--max_host_memory", least], [])]):
         first, depth = CalibWork(work.model, (*work.options, *map(str, more)), *_facts(work)), (0, 3)[number]
-        numbers = drawn(about_cache(work), 4, model, recipe, number)
+        numbers = drawn(about_cache(work), 3, model, recipe, number)
         faults = [Fault("before", n) for n in numbers]
         problems = sweep(kit, first, tmp_path, faults, was_killed, "--read_ahead", depth, *other)
         assert not problems, report(problems)
@@ -92,7 +95,7 @@ def test_killed_again_while_it_resumes(kit: Kit, tmp_path: Path) -> None:
             problems += [problem for problem in [unsound(out, work.result)] if problem]
         return problems + [problem for problem in [finish(kit.runs, work, out)] if problem]
 
-    problems = list(chain(*kit.runs.each(one, range(max(4, KILLS // 4)))))
+    problems = list(chain(*kit.runs.each(one, range(max(3, KILLS // 5)))))
     assert not problems, report(problems)
 
 
@@ -114,7 +117,7 @@ def test_killed_as_a_process(kit: Kit, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted(kit: Kit, tmp_path: Path, number: signal.Signals) -> None:
     work = kit.work("vace", "gptq", "--read_ahead", 1)
-    faults = [Fault("signal", n, code=number) for n in drawn(about_cache(work)[:-8], 4, number)]
+    faults = [Fault("signal", n, code=number) for n in drawn(about_cache(work)[:-8], 3, number)]
     problems = sweep(kit, work, tmp_path, faults, lambda fault, ended: ended.complaint(130))
     assert not problems, report(problems)
 
@@ -126,7 +129,7 @@ def test_interrupted(kit: Kit, tmp_path: Path, number: signal.Signals) -> None:
 def test_power_cut(kit: Kit, tmp_path: Path, model: str, recipe: str) -> None:
     """Unsynced bytes, renames, new names and removals are lost; but not the cache's own folder, see below."""
     work = kit.work(model, recipe, "--read_ahead", 1)
-    numbers = drawn(about_cache(work), 16 if model == "t2v" else 6, "power", model)
+    numbers = drawn(about_cache(work), 12 if model == "t2v" else 5, "power", model)
     faults = [Fault("power", n, target="lenient") for n in numbers]
     problems = sweep(kit, work, tmp_path, faults, was_killed)
     assert not problems, report(problems)
@@ -166,7 +169,7 @@ def _commits_of_blocks(work: CalibWork) -> list[int]:
     return [n for n, call in enumerate(work.calls, 1) if call == f"fsync {JOURNAL}"][1:]
 
 
-@named
+@pytest.mark.parametrize(("model", "recipe"), [("three", "gptq"), *CASES])
 def test_at_most_two_generations(kit: Kit, tmp_path: Path, model: str, recipe: str) -> None:
     work = kit.work(model, recipe, "--read_ahead", 1)
     out = stop(kit, work, tmp_path / "out", commits=1)

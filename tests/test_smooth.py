@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "smooth_quant": {"type": "smooth_quant", "alpha": 0.5},
     "iter_smooth": {"type": "iter_smooth", "alpha": 0.9},
 }
+SEARCH = {"type": "smooth_quant", "alpha": "search"}
 # Where each format puts 1/s: in a layer's own tensor, or as streamq.json says.
 WAYS = {
     "mindie": {"attn1.out": "rows", "attn2.out": "rows"},
@@ -54,7 +56,8 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
         models[family, dtype] = model
         key = (family, form, step, dtype)
         if key not in made:
-            path = recipe(root / f"{step}.yaml", STEPS[step], linear())
+            steps = [] if step == "none" else [STEPS.get(step, SEARCH)]
+            path = recipe(root / f"{step}.yaml", *steps, linear())
             made[key] = Made(model, root / "-".join(key), form, path)
         return made[key]
 
@@ -62,7 +65,9 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 
 def outputs(weights: Weights, made: Made, expert: str) -> list[Tensor]:
-    return [forward(weights, sample, 2, made.model.vace_layers) for sample in made.model.samples(expert)]
+    """What the blocks add to each sample."""
+    samples = made.model.samples(expert)
+    return [forward(weights, sample, 2, made.model.vace_layers) - sample.hidden.double() for sample in samples]
 
 
 def diffusers_blocks(model: Model, expert: str) -> tuple[dict[str, Tensor], list[Tensor]]:
@@ -117,6 +122,7 @@ def test_the_reference_blocks_are_diffusers(make: Make, family: str) -> None:
     made = make(family, "mindie")
     expert = made.model.experts[-1]
     seen, ends = diffusers_blocks(made.model, expert)
+    ends = [end - sample.hidden for end, sample in zip(ends, made.model.samples(expert), strict=True)]
     weights = Weights(made.model.floats(expert))
     for mine, theirs in zip(outputs(weights, made, expert), ends, strict=True):
         assert apart(mine, theirs.double()) < 2e-6
@@ -131,11 +137,25 @@ def test_the_reference_blocks_are_diffusers(make: Make, family: str) -> None:
 def test_the_function_is_unchanged_before_rounding(make: Make, family: str, form: str) -> None:
     made = make(family, form)
     for expert in made.model.experts:
-        truth = outputs(Weights(made.model.floats(expert)), made, expert)
-        smooth = Unrounded(made, expert)
-        assert sum(bool((s != 1).any()) for s, _ in smooth.divided.values()) >= len(smooth.divided) / 2
-        for mine, due in zip(outputs(smooth, made, expert), truth, strict=True):
-            assert apart(mine, due) < 1e-6
+        assert worst_unrounded(made, expert) < 1e-6
+
+
+def worst_unrounded(made: Made, expert: str) -> float:
+    """Of all layers and of the whole, the largest error before rounding; outputs divided by r are multiplied by it."""
+    floats, smooth = Weights(made.model.floats(expert)), Unrounded(made, expert)
+    assert sum(bool((s != 1).any()) for s, _ in smooth.divided.values()) >= len(smooth.divided) / 2
+    errors = [apart(a, b) for a, b in zip(*(outputs(w, made, expert) for w in (smooth, floats)), strict=True)]
+    for name, dues in floats.given.items():
+        r = smooth.divided[name][1]
+        errors += [apart(mine * r, due) for mine, due in zip(smooth.given[name], dues, strict=True)]
+    return max(errors)
+
+
+@pytest.mark.parametrize(("form", "limit"), [("mindie", 1e-6), ("lightx2v", 2e-3)])
+def test_the_function_is_unchanged_but_for_a_bf16_bias(make: Make, form: str, limit: float) -> None:
+    """A bf16 source: LightX2V's norm3.bias, divided by s, is rounded to bf16 again; its weight loses nothing."""
+    made = make("i2v-14B", form, dtype="bf16")
+    assert worst_unrounded(made, "") < limit
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -148,9 +168,11 @@ def test_codes_are_of_the_smoothed_weight(make: Make, family: str, form: str) ->
         for layer, (s, r) in made.divided(expert).items():
             due = floats[f"{layer}.weight"].double() * s / r.unsqueeze(-1)
             scale = due.abs().amax(1, keepdim=True) / 127
-            assert float(((reader.weight(layer) - due) / scale).abs().max()) < 0.76, layer
-            if isinstance(reader, MindIE):
-                assert float(((reader.weight(layer) - due) / scale).abs().max()) < 0.5001, layer
+            steps = float(((reader.weight(layer) - due) / scale).abs().max())
+            # a scale that was rounded to bf16 first is up to 2^-8 larger, or smaller, and then clips at 127
+            assert steps < (0.5001 if isinstance(reader, MindIE) else 0.76), (layer, steps)
+            error = apart(reader.weight(layer), due)
+            assert error < 0.012, (layer, error)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -271,10 +293,13 @@ def test_without_advanced_ptq_the_affine_tensors_do_nothing(make: Make) -> None:
 
 
 def test_smoothing_is_worth_it(make: Make) -> None:
-    """With outliers in an input, w8a8_smooth's own recipe is closer to the float model than w8a8."""
-    made = make("t2v-1.3B", "mindie")
-    layers = made.manifest["layers"].values()
-    assert sum(a["output_rel_error"] < a["before"]["output_rel_error"] for a in layers) > len(layers) / 2
+    """The synthetic model has hot channels: with the library's alpha its output is closer to the float one's."""
+    errors = {}
+    for step in ("search", "none"):
+        made = make("t2v-1.3B", "mindie", step)
+        pairs = zip(outputs(made.reader(""), made, ""), outputs(Weights(made.model.floats("")), made, ""), strict=True)
+        errors[step] = max(apart(*pair) for pair in pairs)
+    assert errors["search"] < 0.9 * errors["none"], errors
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -295,6 +320,17 @@ def test_verify_passes_and_plan_and_inspect_agree(make: Make, family: str, form:
     inspected = json.loads(run("inspect", made.out, "--json").stdout)["layers"]
     assert {name: inspected[name] for name in types} == types
     assert set(inspected) == set(types)
+
+
+@pytest.mark.parametrize("step", [*STEPS, "search"])
+def test_formats_made_together_equal_those_alone(make: Make, tmp_path: Path, step: str) -> None:
+    alone = [make("i2v-14B", form, step) for form in FORMS]
+    command = list(alone[0].command)
+    command[3], command[7] = tmp_path / "both", "mindie,lightx2v"
+    assert run("quant", *command, "--quiet").returncode == 0
+    for made in alone:
+        files = {path.name: path.read_bytes() for path in made.out.iterdir() if path.name != "streamq.json"}
+        assert files == {path.name: path.read_bytes() for path in (tmp_path / "both" / made.form).iterdir()}
 
 
 def test_what_lightx2v_has_no_place_for_is_said(make: Make) -> None:

@@ -90,7 +90,8 @@ def search_alpha(
     A quiet channel that is scaled up to the others' range may not stay quiet on data that calibration has not seen
     (benchmarks/methods.py: on 16 small samples the plain formula is worse than no smoothing, this one is better).
     """
-    w, x = column_amax(weights), stats.amax.clamp_min(stats.amax.mean())
+    w, amax = column_amax(weights), stats.amax
+    x = torch.where(amax == 0, amax, amax.clamp_min(amax.mean()))
     made = [(alpha, _smoothquant(x, w, alpha, scale_min)) for alpha in alphas]
     return _search(stats, weights, act, quantizer, made, settle)
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from consumer.wan_block import Weights, per_token, tensors_in
 from torch import Tensor
 from torch.nn import functional
+
+from consumer.wan_block import Weights, per_token, tensors_in
 
 AFFINE = {"norm1": "affine_norm1", "norm2": "affine_norm3"}
 FLOAT_LINEARS = ("text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2", "time_projection.1")
@@ -103,9 +104,8 @@ class LightX2V(Weights):
         codes, scale, _ = self.layers[name]
         return codes.double() * scale
 
-    def linear(self, name: str, x: Tensor) -> Tensor:
+    def product(self, name: str, x: Tensor) -> Tensor:
         """Dynamic int8, a scale a token."""
-        self.look(name, x)
         x = per_token(x) if self.act else x
         return functional.linear(x, self.weight(name), self.layers[name][2])
 

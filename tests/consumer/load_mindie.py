@@ -1,10 +1,12 @@
 """Load a MindIE folder with the public package ``mindiesd`` and report what it did.
 
-    python load_mindie.py FOLDER FLOAT_FOLDER [--dtype bfloat16|float16|float32]
+    python load_mindie.py FOLDER FLOAT_FOLDER [--dtype bfloat16|float16|float32] [--divided FILE]
 
 FOLDER holds ``quant_model_description_*.json`` and its weights; FLOAT_FOLDER the float
-checkpoint it was made from, with native Wan names. One JSON object goes to stdout. When
-``mindiesd`` refuses the folder it is ``{"error": {"type", "message"}}``, exit status 1.
+checkpoint it was made from, with native Wan names. FILE: by what the float weights' rows
+(``LAYER.rows``) are divided and their columns (``LAYER.columns``) multiplied before the two
+are compared, where smoothing has done so. One JSON object goes to stdout. When ``mindiesd``
+refuses the folder it is ``{"error": {"type", "message"}}``, exit status 1.
 
 Run it in a process of its own: it puts the ``torch_npu`` stand-in on ``sys.path``.
 """
@@ -114,6 +116,7 @@ def check_linear(
     kind: str,
     quantized: dict[str, Tensor],
     state: dict[str, Tensor],
+    divided: dict[str, Tensor],
     dtype: torch.dtype,
 ) -> dict[str, object]:
     """Compare one replaced layer with the stored codes and with the float layer."""
@@ -142,8 +145,10 @@ def check_linear(
         x = torch.randn(2, 24, in_features, dtype=torch.float64)
 
     dequantized = codes.double() * scale
-    float_weight = state[f"{name}.weight"].double()
-    float_bias = state.get(f"{name}.bias", torch.zeros(out_features)).double()
+    rows = divided.get(f"{name}.rows", torch.ones(1)).double()
+    columns = divided.get(f"{name}.columns", torch.ones(1)).double()
+    float_weight = state[f"{name}.weight"].double() * columns / rows.unsqueeze(1)
+    float_bias = state.get(f"{name}.bias", torch.zeros(out_features)).double() / rows
     # Keep the outputs of outlier rows inside the range of the dtype.
     peak = (x * mul @ dequantized.T + bias).abs().max()
     x = (x * min(1.0, float(torch.finfo(dtype).max / 2 / peak))).to(dtype)
@@ -158,6 +163,8 @@ def check_linear(
     return {
         "type": kind,
         "class": type(layer).__name__,
+        "dynamic": layer.is_dynamic,
+        "smoothed": layer.mul_scale is not None,
         "codes_equal": torch.equal(held if kind == "W8A8" else held.T, codes),
         "output": [str(actual.dtype).removeprefix("torch."), *actual.shape],
         # against codes * scale, the whole output and its worst channel
@@ -169,7 +176,7 @@ def check_linear(
     }
 
 
-def inspect_folder(folder: Path, source: Path, dtype: torch.dtype) -> dict[str, object]:
+def inspect_folder(folder: Path, source: Path, dtype: torch.dtype, divided: dict[str, Tensor]) -> dict[str, object]:
     """Quantize the float model by ``folder`` and describe every linear of it."""
     quantize = importlib.import_module("mindiesd.quantization").quantize
     found = sorted(folder.glob("quant_model_description_*.json"))
@@ -201,7 +208,7 @@ def inspect_folder(folder: Path, source: Path, dtype: torch.dtype) -> dict[str, 
         elif layer is original or isinstance(layer, nn.Linear):
             wrong[name] = f"{kind}, yet left alone"
         else:
-            report[name] = check_linear(layer, name, kind, quantized, state, dtype)
+            report[name] = check_linear(layer, name, kind, quantized, state, divided, dtype)
     for name in sorted(types.keys() - after.keys()):
         wrong[name] = "described, yet not in the model"
     return {
@@ -219,11 +226,13 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("float_folder", type=Path)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--divided", type=Path)
     args = parser.parse_args()
+    divided = load_file(args.divided) if args.divided else {}
     # Outside of the try: a broken installation is no refusal.
     importlib.import_module("mindiesd")
     try:
-        result = inspect_folder(args.folder, args.float_folder, getattr(torch, args.dtype))
+        result = inspect_folder(args.folder, args.float_folder, getattr(torch, args.dtype), divided)
     except Exception as error:
         message = {"type": type(error).__name__, "message": str(error)}
         print(json.dumps({"error": message}))

@@ -13,16 +13,18 @@ import numpy as np
 import torch
 import yaml
 from conftest import run, write_tiny
+from safetensors.torch import save_file
+from torch import Tensor
+
 from consumer.load_lightx2v import LightX2V
 from consumer.read_mindie import MindIE
 from consumer.wan_block import Sample, Weights, samples_in, tensors_in
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"num_samples": 3, "time_bins": 2, "size": "64*64", "frame_num": 5, "dtype": "fp32"}
 FAMILIES = ("t2v-1.3B", "i2v-14B", "flf2v-14B", "i2v-A14B", "t2v-A14B", "ti2v-5B", "vace-1.3B")
 HEADS = 2
-# Groups by native names -> where the issue's formats put 1/s; the names that streamq.json gives them.
+# Groups of layers with one input, by the names that streamq.json gives them; layers by native name.
 GROUPS = {
     "attn1.in": ("self_attn.q", "self_attn.k", "self_attn.v"), "attn1.out": ("self_attn.o",),
     "attn2.in": ("cross_attn.q",), "attn2.text": ("cross_attn.k", "cross_attn.v"),
@@ -97,7 +99,8 @@ class Made:
     def layers(self, expert: str) -> list[str]:
         """Quantized layers by native name."""
         label = f"{expert}/" if expert else ""
-        return [name.removeprefix(label) for name in self.manifest["layers"] if name.startswith(label)]
+        return [name.removeprefix(label) for name, about in self.manifest["layers"].items()
+                if name.startswith(label) and about["type"] != "float"]  # fmt: skip
 
     def divided(self, expert: str) -> dict[str, tuple[Tensor, Tensor]]:
         """Layer -> (s of its columns, r of its rows), float64; from the written tensors where they say it."""
@@ -113,6 +116,18 @@ class Made:
             ahead = next((name for name, makers in MAKERS.items() if inner in makers), "")
             found[layer] = s.double(), vectors.get(f"{unit}.{ahead}", ("", one))[1].double()
         return found
+
+
+def save_divided(made: Made, expert: str, path: Path) -> Path:
+    """`Made.divided` as a file, for load_mindie.py: s where it lies in other tensors than the layer's, and r."""
+    found: dict[str, Tensor] = {}
+    reader = made.reader(expert)
+    for layer, (s, r) in made.divided(expert).items():
+        if not (isinstance(reader, MindIE) and f"{layer}.div.mul_scale" in reader.made):
+            found[f"{layer}.columns"] = s.clone()
+        found[f"{layer}.rows"] = r.clone()
+    save_file(found, path)
+    return path
 
 
 def decode(text: str) -> Tensor:
@@ -161,10 +176,10 @@ class Unrounded(Weights):
         """See Weights."""
         return self.reader.affine(block, norm)
 
-    def linear(self, name: str, x: Tensor) -> Tensor:
+    def product(self, name: str, x: Tensor) -> Tensor:
         """The written bias and scale of the input."""
         if name not in self.weights:
-            return super().linear(name, x)
+            return super().product(name, x)
         if isinstance(self.reader, MindIE):
             x, bias = x * self.reader.mul(name), self.reader.of(name, "bias").double()
         else:

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from consumer.wan_block import Weights, per_token, tensors_in
 from torch import Tensor
 from torch.nn import functional
+
+from consumer.wan_block import Weights, per_token, tensors_in
 
 
 class MindIE(Weights):
@@ -50,18 +51,21 @@ class MindIE(Weights):
             return codes * (self.of(name, "deq_scale").double() / self.of(name, "input_scale").double()).unsqueeze(1)
         return codes * self.of(name, "weight_scale").double()
 
-    def linear(self, name: str, x: Tensor) -> Tensor:
+    def product(self, name: str, x: Tensor) -> Tensor:
         """As the runtime, or with `act` off in float; static layers then take their bias from `P.bias`."""
-        self.look(name, x)
         kind = self.typed(name)
         if kind in ("FLOAT", "absent"):
-            return super().linear(name, x)
+            return super().product(name, x)
         x = x * self.mul(name)
         if not self.act or kind == "W8A8_DYNAMIC":
             x = per_token(x) if self.act else x
             return functional.linear(x, self.weight(name), self.of(name, "bias").double())
         assert kind == "W8A8", kind
-        step, zero, codes = self.of(name, "input_scale").double(), self.of(name, "input_offset"), self.of(name, "weight")
+        step, zero, codes = (
+            self.of(name, "input_scale").double(),
+            self.of(name, "input_offset"),
+            self.of(name, "weight"),
+        )
         q = ((x / step).round() + zero.double()).clamp(-128, 127)
         sums = functional.linear(q, codes.double()) + self.of(name, "quant_bias").double()
         return sums * self.of(name, "deq_scale").double()

@@ -50,25 +50,38 @@ def samples_in(folder: Path, expert: str = "") -> list[Sample]:
 
 
 class Weights:
-    """A float model's tensors by native name. A quantized model overrides `linear`, `tensor` or `affine`."""
+    """A float model's tensors by native name. A quantized model overrides `product`, `tensor` or `affine`."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
-        self.seen: dict[str, Tensor] = {}  # layer -> max |x| of each input channel so far, as the layer gets it
+        # layer -> max |x|, min and max of each input channel so far, as the layer gets it
+        self.seen: dict[str, Tensor] = {}
+        self.low: dict[str, Tensor] = {}
+        self.high: dict[str, Tensor] = {}
+        self.given: dict[str, list[Tensor]] = {}  # layer -> its outputs
 
     def tensor(self, name: str) -> Tensor:
         """A float tensor."""
         return self.tensors[name].double()
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        """x W^T + b."""
+        """A layer's output; input and output are noted."""
         self.look(name, x)
+        y = self.product(name, x)
+        self.given.setdefault(name, []).append(y)
+        return y
+
+    def product(self, name: str, x: Tensor) -> Tensor:
+        """x W^T + b."""
         return functional.linear(x, self.tensor(f"{name}.weight"), self.tensor(f"{name}.bias"))
 
     def look(self, name: str, x: Tensor) -> None:
         """Note a layer's input."""
-        amax = x.abs().flatten(0, -2).amax(0)
-        self.seen[name] = torch.maximum(self.seen.get(name, amax), amax)
+        rows = x.flatten(0, -2)
+        low, high = rows.amin(0), rows.amax(0)
+        self.low[name] = torch.minimum(self.low.get(name, low), low)
+        self.high[name] = torch.maximum(self.high.get(name, high), high)
+        self.seen[name] = torch.maximum(self.high[name], -self.low[name])
 
     def affine(self, block: str, norm: str) -> tuple[Tensor, Tensor]:
         """What multiplies 1 + scale, and what multiplies the shift, behind the native `norm1` and `norm2`."""
@@ -154,8 +167,8 @@ def _rotated(x: Tensor, sample: Sample) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    parts = (t.transpose(1, 2) for t in (q, k, v))
-    return functional.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(-2)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
 
 
 def per_token(x: Tensor) -> Tensor:

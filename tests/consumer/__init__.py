@@ -1,0 +1,1 @@
+"""What reads outputs as their runtimes do, for tests; `load_mindie.py` is a script."""
