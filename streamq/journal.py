@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +32,7 @@ SMALL_NBYTES = 1 << 20
 CACHE = "streamq-cache"  # folder of what a calibrated run keeps while it is unfinished
 # Where a run may have left files below its output folder, besides one folder a format.
 _SUBFOLDERS = ("high_noise_model", "low_noise_model", "transformer", "transformer_2")
+_CACHE_SUFFIXES = (".stream", ".cache", PARTIAL)
 _SUFFIXES = (".safetensors", ".json", ".gguf", PARTIAL)
 
 
@@ -168,6 +168,9 @@ def _check_folders(plan: Plan) -> None:
             raise UsageError(
                 f"{folder}: a file, where the output has a folder; remove it, or choose another --save_path"
             )
+    cache = root / CACHE
+    if plan.calibration is not None and os.path.lexists(cache) and (cache.is_symlink() or not cache.is_dir()):
+        raise UsageError(f"{cache}: not a folder of the run's own; remove it, or choose another --save_path")
 
 
 def _start(plan: Plan, path: Path, old: int) -> Journal:
@@ -184,7 +187,7 @@ def _start(plan: Plan, path: Path, old: int) -> Journal:
         raise UsageError(
             f"--save_path {path.parent}: {error.strerror}; choose a folder that can be written to"
         ) from error
-    header = {"streamq": __version__, "plan": plan.hash, "sources": _source_times(plan)}
+    header = {"streamq": __version__, "plan": plan.hash, "sources": source_times(plan)}
     _append(descriptor, header | {"overwrite": plan.options.overwrite})
     if old >= 0:
         with disk_errors(path):
@@ -205,7 +208,8 @@ def _append(descriptor: int, value: dict[str, Any]) -> None:
         raise RunError(f"{JOURNAL}: {error.strerror}; committed blocks are kept: make room, then run again") from error
 
 
-def _source_times(plan: Plan) -> list[list[Any]]:
+def source_times(plan: Plan) -> list[list[Any]]:
+    """When which source file was changed last: weights may differ under equal headers."""
     return [
         [part.expert.name, file.name, file.size, file.mtime_ns]
         for part in plan.experts
@@ -240,7 +244,7 @@ def _read(plan: Plan, descriptor: int, path: Path) -> list[Commit] | None:
         )
     if not plan.options.resume:
         return None
-    if lines[0].get("sources") != _source_times(plan):
+    if lines[0].get("sources") != source_times(plan):
         raise UsageError(
             f"{plan.source_path}: its files are not those that the unfinished run in {path.parent} was reading (their"
             " time of change differs); restore them, or start again with --no_resume"
@@ -335,15 +339,20 @@ def discardable(folder: Path) -> set[Path]:
         if place.is_dir() and (place == folder or not place.is_symlink()):
             doomed |= {path for path in place.iterdir() if path.name.endswith(_SUFFIXES)}
     if not (folder / CACHE).is_symlink():
-        doomed |= set((folder / CACHE).glob("*"))
+        doomed |= {path for path in (folder / CACHE).glob("*") if path.name.endswith(_CACHE_SUFFIXES)}
     return {path for path in doomed if path.is_file() or path.is_symlink()}
 
 
 def remove_cache(folder: Path) -> None:
-    """The run is complete, or begins anew: what it kept between blocks goes."""
+    """The run is complete, or begins anew: what it kept between blocks goes. Anybody else's files stay."""
     if folder.is_dir() and not folder.is_symlink():
         with disk_errors(folder):
-            shutil.rmtree(folder)
+            for path in folder.iterdir():
+                if path.name.endswith(_CACHE_SUFFIXES):
+                    path.unlink(missing_ok=True)
+            if not any(folder.iterdir()):
+                folder.rmdir()
+        sync_folder(folder.parent)
 
 
 def open_files(plan: Plan, journal: Journal) -> list[ShardWriter]:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from streamq import journal as journals
-from streamq.calibration.start import open_replay
+from streamq.calibration.start import check_inputs, open_replay
 from streamq.checkpoint import Source
 from streamq.device import Device
 from streamq.device.cpu import host_bytes
@@ -41,6 +41,7 @@ def run(plan: Plan, device: Device, watcher: Watcher) -> dict[str, Any] | None:
     None means that this very plan is finished already, and its files are intact.
     Raises UsageError before anything is written, RunError when the work fails; what is committed is kept either way.
     """
+    check_inputs(plan)
     journal = journals.open_journal(plan)
     if journal is None:
         return None

@@ -166,8 +166,9 @@ class Plan:
         """Bytes on the disk while the run lasts: two generations of the streams between blocks, and its own inputs."""
         if self.calibration is None:
             return 0
-        cache = [self.calibration.cache_nbytes(part.expert.name) for part in self.experts]
-        return 2 * max(cache) + (0 if self.calibration.given else sum(cache))
+        names = [part.expert.name for part in self.experts]
+        own = 0 if self.calibration.given else sum(self.calibration.set_nbytes(name) for name in names)
+        return 2 * max(self.calibration.cache_nbytes(name) for name in names) + own
 
     @property
     def peak_host_bytes(self) -> int:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from streamq import hub, recipe, resolve, smoothing, wan
+from streamq.calibration import make
 from streamq.calibration import plan as calibrations
 from streamq.calibration.plan import CalibPlan
 from streamq.calibration.store import open_set
@@ -55,6 +56,8 @@ def make_plan(options: QuantOptions, *, download: bool) -> Plan:
     if any(calibrations.needs_data(part) for part in schemes):
         given = open_set(options.calib) if options.calib else None
         calibration = calibrations.plan_calibration([t.recipe for t in targets], schemes, experts, given)
+        if given is None:
+            make.check_schedule(calibration.settings, experts, source_path)
         builder.warnings.extend(_calibration_warnings(calibration, schemes))
     elif options.calib:
         builder.warnings.append(f"--calib {options.calib}: not used, this recipe needs no data")

@@ -133,16 +133,22 @@ class Cache:
         sums[sample] = crc
 
     def sync(self) -> State:
-        """Bring the new generation to the disk; returns what the journal is to say."""
-        for stream, (name, descriptor, sums) in self._begun.items():
+        """Bring the new generation to the disk; returns what the journal is to say.
+
+        Raises RunError, also if the calibration set has changed meanwhile.
+        """
+        self._source.check_unchanged()
+        for stream in list(self._begun):
+            name, descriptor, sums = self._begun.pop(stream)
             with disk_errors(self.folder / name):
-                os.fdatasync(descriptor)
-                os.close(descriptor)
+                try:
+                    os.fdatasync(descriptor)
+                finally:
+                    os.close(descriptor)
             self._close(stream)
             self._live[stream] = [name, sums]
         for stream in self._dropped:
             self._live.pop(stream, None)
-        self._begun = {}
         sync_folder(self.folder)
         return dict(self._live)
 

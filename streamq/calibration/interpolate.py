@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from streamq.calibration.conditions import Conditions, Inputs, drawn, smooth_latents
-from streamq.calibration.settings import TRAIN_STEPS, CalibSettings, Schedule
+from streamq.calibration.settings import TRAIN_STEPS, CalibSettings, Schedule, no_steps
 from streamq.calibration.store import SampleInfo, Shapes, file_name, shapes_of
 from streamq.checkpoint import Source
 from streamq.device.cpu import host_bytes
-from streamq.errors import RunError, UsageError
+from streamq.errors import RunError
 from streamq.savers.shard import ShardWriter, layout
 from streamq.stages import Lane
 from streamq.wan import Expert, Model
@@ -221,14 +221,6 @@ def in_turn(count: int, *purpose: object) -> Iterator[int]:
     while True:
         yield from random.Random(repr((*purpose, lap))).sample(range(count), count)
         lap += 1
-
-
-def no_steps(count: int, expert: str, boundary: float) -> UsageError:
-    """An expert has nothing to do in a schedule of so many steps."""
-    where = "below" if expert == "low_noise_model" else "from"
-    return UsageError(
-        f"--sample_steps {count}: none of them is the {expert}'s, which are {where} {boundary:g}; take more steps"
-    )
 
 
 def draws_of(settings: CalibSettings, schedule: Schedule, expert: str, prompts: int, clips: int) -> list[Draw]:

@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from streamq.calibration.plan import CALIBRATED_FAMILIES
 from streamq.calibration.settings import (
+    TRAIN_STEPS,
     CalibSettings,
     Schedule,
     check_settings,
     latent_shape,
+    no_steps,
     schedule_of,
     states_len,
     tokens_of,
@@ -117,6 +119,17 @@ def check(settings: CalibSettings, experts: Sequence[Expert]) -> None:
             raise UsageError("--mode dump: no dump; give it with --dump PATH")
         return
     latent_shape(model, settings)
+
+
+def check_schedule(settings: CalibSettings, experts: Sequence[Expert], model_path: Path) -> None:
+    """Raise UsageError for settings of which some expert would get no sample, besides what `check` refuses."""
+    from streamq.calibration.encoders import find_parts
+
+    check(settings, experts)
+    schedule = schedule_for(settings, experts, find_parts(model_path))
+    for expert in experts:
+        if not schedule.steps_of(expert.name):
+            raise no_steps(len(schedule.sigmas), expert.name, TRAIN_STEPS * schedule.boundary)
 
 
 def schedule_for(settings: CalibSettings, experts: Sequence[Expert], parts: Parts) -> Schedule:

@@ -7,6 +7,7 @@ that stays in memory. None of it grows with the number of blocks, and only the c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,8 @@ from streamq.calibration.settings import (
     states_len,
     tokens_of,
 )
-from streamq.calibration.store import CalibSet, Shapes
+from streamq.calibration.store import CalibSet, SampleInfo, Shapes
+from streamq.checkpoint import DTYPE_SIZE
 from streamq.device import MiB
 from streamq.errors import UsageError
 from streamq.quantized import Scheme
@@ -77,6 +79,12 @@ class CalibPlan:
         shapes = self.shapes[expert]
         streams = 1 + (1 + shapes.n_vace if shapes.n_vace else 0)
         return streams * self.samples[expert] * self.stream_nbytes
+
+    def set_nbytes(self, expert: str) -> int:
+        """Most bytes that an expert's file of a set can have: text states of its own for every sample."""
+        samples = [SampleInfo(0.0, number, 2, "") for number in range(self.samples[expert])]
+        specs = self.shapes[expert].specs(samples)
+        return sum(math.prod(spec.shape) * DTYPE_SIZE[spec.dtype] for spec in specs)
 
     def flops(self, experts: list[Expert]) -> int:
         """Of all forwards of all blocks."""

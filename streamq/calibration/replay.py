@@ -50,7 +50,7 @@ class Replay:
         """
         module = self.runner.fill(unit, tensors)
         seen = Seen(dict(tensors), self._statistics(unit, module, schemes))
-        goes_on = self.plan.next_input == "float"
+        goes_on = self.plan.next_input == "float" and self._needed(unit)
         with _looking(module, unit, seen.statistics):
             self._run(unit, keep=goes_on)
         for group, statistics in seen.statistics.items():
@@ -59,7 +59,7 @@ class Replay:
                     f"{group}: NaN or Inf in the inputs of {unit} while calibrating in {self.plan.dtype}; check the"
                     " calibration set, or calibrate with dtype fp32"
                 )
-        if goes_on:
+        if self.plan.next_input == "float":
             self.runner.release()
         return seen
 
@@ -70,6 +70,9 @@ class Replay:
         """
         if self.plan.next_input == "float":
             return
+        if not self._needed(unit):
+            self.runner.release()
+            return
         module = self.runner.module(unit)
         floats = {name: module.get_submodule(name) for name in (full.removeprefix(f"{unit}.") for full in layers)}
         for name, layer in layers.items():
@@ -78,6 +81,10 @@ class Replay:
         for name, linear in floats.items():
             module.set_submodule(name, linear)
         self.runner.release()
+
+    def _needed(self, unit: str) -> bool:
+        """Whether anybody reads what the block makes: nobody the last one's."""
+        return unit != self.model.replay_order[-1]
 
     def _run(self, unit: str, *, keep: bool) -> None:
         streams = flow(self.model, unit)

@@ -192,3 +192,11 @@ def check_settings(settings: CalibSettings) -> None:
         raise UsageError(f"--mode {settings.mode}: one of {', '.join(MODES)}")
     if settings.dtype not in DTYPES:
         raise UsageError(f"--dtype {settings.dtype}: one of {', '.join(DTYPES)}")
+
+
+def no_steps(count: int, expert: str, boundary: float) -> UsageError:
+    """An expert has nothing to do in a schedule of so many steps."""
+    where = "below" if expert == "low_noise_model" else "from"
+    return UsageError(
+        f"--sample_steps {count}: none of them is the {expert}'s, which are {where} {boundary:g}; take more steps"
+    )

@@ -5,6 +5,8 @@ What replays blocks is imported only then: it needs diffusers, which a data-free
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
@@ -12,15 +14,16 @@ from typing import TYPE_CHECKING
 from streamq.calibration.store import CalibSet, check_content, open_set
 from streamq.device import Device
 from streamq.errors import UsageError
-from streamq.journal import CACHE, Journal
+from streamq.journal import CACHE, Journal, source_times
 from streamq.plan import ExpertPlan, Plan, Unit
+from streamq.savers.shard import disk_errors, sync_folder, write_whole
 from streamq.stages import Watcher
 
 if TYPE_CHECKING:
     from streamq.calibration.replay import Replay
 
 # In a run's own folder nothing has a name that a runtime would load.
-DOCUMENT, SUFFIX = "calib.cache", ".cache"
+DOCUMENT, SUFFIX, MADE_BY = "calib.cache", ".cache", "made_by.cache"
 
 
 @contextmanager
@@ -39,11 +42,12 @@ def open_replay(
     from streamq.calibration.replay import TORCH_DTYPES, Replay
 
     folder = plan.options.save_path / CACHE
-    folder.mkdir(exist_ok=True)
+    with disk_errors(folder):
+        folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
     with all_threads():
         found = _inputs(plan, device, journal, watcher)
         inputs, dtype = found.experts[part.expert.name], TORCH_DTYPES[plan.calibration.dtype]
-        check_content(found, part.expert.name)
         with closing(Cache(folder, inputs, dtype, device, in_memory=plan.calibration.in_memory)) as cache:
             mine = {unit.key for unit in part.units}
             last = [commit for commit in journal.commits if commit.unit in mine]
@@ -52,19 +56,42 @@ def open_replay(
                 yield replay
 
 
+def check_inputs(plan: Plan) -> None:
+    """Raise UsageError if the user's set is not what its document says; before anything is written."""
+    if plan.calibration is not None and plan.calibration.given is not None:
+        for name in plan.calibration.given.experts:
+            check_content(plan.calibration.given, name)
+
+
 def _inputs(plan: Plan, device: Device, journal: Journal, watcher: Watcher) -> CalibSet:
+    """The user's set, the one that this run has made already, or a new one."""
     assert plan.calibration is not None
     if plan.calibration.given is not None:
         return plan.calibration.given
-    folder = plan.options.save_path / CACHE
-    if (folder / DOCUMENT).is_file():
-        return open_set(folder, DOCUMENT)
-    if journal.commits:
-        raise UsageError(f"{folder}: the calibration inputs of the unfinished run are gone; start with --no_resume")
+    folder, identity = plan.options.save_path / CACHE, _identity(plan)
+    try:
+        # An earlier run's, on other weights or with other settings, may have been left by a start that was cut off.
+        if not (folder / MADE_BY).is_file() or (folder / MADE_BY).read_text() != identity:
+            raise UsageError(f"{folder}: the calibration inputs of the unfinished run are gone")
+        found = open_set(folder, DOCUMENT)
+        for name in found.experts:
+            check_content(found, name)
+        return found
+    except UsageError as error:
+        if journal.commits:
+            raise UsageError(f"{error}: cannot be resumed; start again with --no_resume") from error
     from streamq.calibration.make import make_set
 
+    with disk_errors(folder):
+        (folder / MADE_BY).unlink(missing_ok=True)
     experts = [part.expert for part in plan.experts]
-    return make_set(
+    found = make_set(
         folder, plan.calibration.settings, experts, plan.source_path, device,
         document=DOCUMENT, suffix=SUFFIX, about=watcher.said,
     )  # fmt: skip
+    write_whole(folder / MADE_BY, identity.encode(), 0o600)
+    return found
+
+
+def _identity(plan: Plan) -> str:
+    return hashlib.sha256(json.dumps([plan.hash, source_times(plan)]).encode()).hexdigest()
