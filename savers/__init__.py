@@ -106,6 +106,9 @@ class Format(Protocol):
     def float_name(self, name: str) -> str | None:
         """The native name of the model's tensor that a stored one stands for; None for what only the format has."""
 
+    def contradictions(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """Which of a layer's tensors (by suffix) do not have the values that follow from the others."""
+
     def decode(self, tensors: Mapping[str, Tensor], rows: slice) -> Tensor:
         """The float32 weight, or some of its rows, that a layer's tensors (by suffix, e.g. `weight_scale`) stand for.
 

@@ -172,16 +172,14 @@ def problems(folder: Path, tensors: Mapping[str, Any]) -> list[str]:
     affine = [name for name in tensors if ".affine_norm" in name]
     if affine and config.get("quant_method") != "advanced_ptq":
         found.append(f"config.json: no quant_method advanced_ptq, so LightX2V would leave {affine[0]} out")
-    for name in affine:
-        block, _, rest = name.partition(".affine_")
-        norm, _, leaf = rest.partition(".")
-        other = f"{block}.affine_{norm}.{'bias' if leaf == 'weight' else 'weight'}"
-        info = tensors[name]
-        if other not in tensors:
-            found.append(f"{other}: missing beside {name}")
-        if info.dtype not in ("F32", "BF16", "F16") or tuple(info.shape) != (config.get("dim", info.shape[0]),):
-            found.append(f"{name}: {info.dtype} {list(info.shape)}, must be F32 [{config.get('dim')}]")
-    blocks = {unit_of(name) for name in tensors} - {"rest"}
+    blocks = sorted({unit_of(name) for name in tensors if unit_of(name) != "rest"})
+    for block in blocks if affine else ():
+        for name in (f"{block}.affine_{norm}.{leaf}" for norm in ("norm1", "norm3") for leaf in ("weight", "bias")):
+            info = tensors.get(name)
+            if info is None:
+                found.append(f"{name}: missing; LightX2V reads it in every block or in none")
+            elif info.dtype not in ("F32", "BF16", "F16") or tuple(info.shape) != (config.get("dim"),):
+                found.append(f"{name}: {info.dtype} {list(info.shape)}, must be F32 [{config.get('dim')}]")
     ours = {"non_block.safetensors", SINGLE} | {f"block_{block.partition('.')[2]}.safetensors" for block in blocks}
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in ours:
@@ -192,6 +190,11 @@ def problems(folder: Path, tensors: Mapping[str, Any]) -> list[str]:
 def float_name(name: str) -> str | None:
     """The native name itself."""
     return None if name.endswith(".weight_scale") or ".affine_norm" in name else name
+
+
+def contradictions(tensors: Mapping[str, Tensor]) -> list[str]:
+    """None of a layer's tensors follows from another."""
+    return []
 
 
 def decode(tensors: Mapping[str, Tensor], rows: slice) -> Tensor:

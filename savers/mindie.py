@@ -257,6 +257,25 @@ def float_name(name: str) -> str | None:
     return f"{layer.removesuffix(f'.{LINEAR}')}.{suffix}"
 
 
+def contradictions(tensors: Mapping[str, Tensor]) -> list[str]:
+    """A static layer's quant_bias follows from its bias, codes, scale and offset."""
+    below = f"{LINEAR}." if f"{LINEAR}.weight" in tensors else ""
+    if f"{below}deq_scale" not in tensors:
+        return []
+    from streamq.methods.activation import static_bias
+
+    offset = tensors[f"{below}input_offset"]
+    found = []
+    if not bool((offset.round() == offset).all() and (offset.abs() <= 128).all()):
+        found.append(f"{below}input_offset: {offset.tolist()}, must be a whole number from -128 to 127")
+    due, _ = static_bias(
+        tensors.get(f"{below}bias"), tensors[f"{below}weight"], tensors[f"{below}deq_scale"], float(offset)
+    )
+    if not bool((due == tensors[f"{below}quant_bias"]).all()):
+        found.append(f"{below}quant_bias: not what follows from bias, weight, deq_scale and input_offset")
+    return found
+
+
 def decode(tensors: Mapping[str, Tensor], rows: slice) -> Tensor:
     """codes · scale, float32 [out, in], times the input's scale where the layer carries one."""
     below = f"{LINEAR}." if f"{LINEAR}.weight" in tensors else ""

@@ -153,6 +153,16 @@ def summary(plan: Plan, manifest: dict[str, Any], device: Device, seconds: float
         ),
         reverse=True,
     )[:5]
+    outputs = sorted(
+        (
+            {"layer": name, "format": form, "output_rel_error": about["output_rel_error"]}
+            | ({"before": about["before"]["output_rel_error"]} if "before" in about else {})
+            for form, made in manifest["formats"].items()
+            for name, about in made["layers"].items()
+            if "output_rel_error" in about
+        ),
+        key=lambda row: -row["output_rel_error"],
+    )[:5]
     layers = {
         form: dict(Counter(about["type"] for about in made["layers"].values()))
         for form, made in manifest["formats"].items()
@@ -172,12 +182,37 @@ def summary(plan: Plan, manifest: dict[str, Any], device: Device, seconds: float
         "bytes_read": plan.bytes_to_read,
         "bytes_written": plan.bytes_to_write,
         "largest_errors": [{"layer": name, "format": form, "rel_error": error} for error, name, form in worst],
+        "largest_output_errors": outputs,
+        "mean_output_error": _means(manifest),
         "peak_host_bytes": peak_rss(),
         "peak_device_bytes": device.memory()[1],
         "seconds": round(seconds, 3),
         "usage": usage,
-        "warnings": list(plan.warnings),
+        "warnings": [*plan.warnings, *_notes(manifest)],
     }
+
+
+def _means(manifest: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Format -> root mean square of the layers' output errors on calibration data, with the method and without."""
+    found = {}
+    for form, made in manifest["formats"].items():
+        rows = [about for about in made["layers"].values() if "output_rel_error" in about]
+        after = [row["output_rel_error"] for row in rows]
+        before = [row.get("before", row)["output_rel_error"] for row in rows]
+        if rows:
+            both = {"after": after, "before": before}
+            found[form] = {key: (sum(v * v for v in values) / len(rows)) ** 0.5 for key, values in both.items()}
+    return found
+
+
+def _notes(manifest: dict[str, Any]) -> list[str]:
+    """What the methods had to say of single layers."""
+    return [
+        f"{name} ({form}): {about['note']}"
+        for form, made in manifest["formats"].items()
+        for name, about in made["layers"].items()
+        if "note" in about
+    ]
 
 
 def show_summary(figures: dict[str, Any]) -> None:
@@ -189,6 +224,12 @@ def show_summary(figures: dict[str, Any]) -> None:
     table.add_row("size", f"{format_bytes(figures['bytes_read'])} -> {format_bytes(figures['bytes_written'])}")
     for row in figures["largest_errors"]:
         table.add_row("largest weight error", f"{row['rel_error']:.3%}  {row['layer']} ({row['format']})")
+    for form, mean in figures["mean_output_error"].items():
+        table.add_row(f"output error ({form})", f"{mean['after']:.3%}; {mean['before']:.3%} rounded to nearest (RMS)")
+    for row in figures["largest_output_errors"]:
+        before = f", {row['before']:.3%} without the method" if "before" in row else ""
+        where = f"{row['layer']} ({row['format']})"
+        table.add_row("largest output error", f"{row['output_rel_error']:.3%}{before}  {where}")
     table.add_row("peak memory", format_bytes(figures["peak_host_bytes"]))
     if figures["peak_device_bytes"]:
         table.add_row("peak device memory", format_bytes(figures["peak_device_bytes"]))
@@ -221,9 +262,15 @@ def show_verdict(report: dict[str, Any]) -> None:
         console.print(f"problem: {problem}", style="red", soft_wrap=True)
     if report["layers"]:
         table = Table("layer", "relative error", "cosine", title=f"worst of {len(report['layers'])} layers")
+        on_data = any("output_rel_error" in found for found in report["layers"].values())
+        if on_data:  # which only the run had
+            table.add_column("output error, as recorded")
+            table.add_column("rounded to nearest")
         worst = sorted(report["layers"].items(), key=lambda row: row[1]["rel_error"], reverse=True)[:8]
         for name, found in worst:
-            table.add_row(name, f"{found['rel_error']:.4%}", f"{found['cosine']:.6f}")
+            before = found.get("before", found)
+            recorded = [f"{f['output_rel_error']:.4%}" if "output_rel_error" in f else "-" for f in (found, before)]
+            table.add_row(name, f"{found['rel_error']:.4%}", f"{found['cosine']:.6f}", *(recorded if on_data else ()))
         console.print(table)
     count = len(report["files"])
     checked = f"{count} files hashed" if count else "no streamq.json: structure only, no checksum was checked"

@@ -6,6 +6,7 @@ Data-free layers take the same way with nothing to look at. Everything is on the
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from streamq.methods import METHODS
+from streamq.methods.activation import static_tensors
 from streamq.methods.report import output_error
 from streamq.methods.smooth import awq, exact, exact_for_norm, search_alpha, smoothquant
 from streamq.methods.statistics import InputStatistics
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from streamq.calibration.replay import Seen
 
 PLAIN = QConfig("per_channel", "int8")
+FP16_SAFE = (2.0**-15, 2.0**14)  # of s, where the layer carries 1/s: a runtime may keep it in fp16
 
 
 @dataclass
@@ -46,13 +49,18 @@ class Block:
     def _make(self, smooth: Smooth) -> Tensor:
         assert self.seen is not None
         scheme = smooth.base
+        if smooth.method == "ones":
+            weight = self.seen.tensors[f"{smooth.layers[0]}.weight"]
+            return torch.ones(weight.shape[1], device=weight.device)
         statistics = self.seen.statistics[smooth.group]
         weights = [self.seen.tensors[f"{layer}.weight"] for layer in smooth.layers]
 
         def settle(s: Tensor) -> Tensor:
             assert self.seen is not None
             norm = f"{block_of(smooth.group)}.{group_of(smooth.layers[0]).norm}.weight"
-            return exact_for_norm(s, self.seen.tensors[norm]) if smooth.way == "norm" else exact(s)
+            if smooth.way == "norm":
+                return exact_for_norm(s, self.seen.tensors[norm])
+            return exact(s.clamp(*FP16_SAFE) if smooth.way == "layer" else s)
 
         # Of the weight alone: what happens to the input is the search's own business.
         rounded = replace(plain(scheme), pair=replace(plain(scheme).pair, act=QConfig("per_token", "int8")))
@@ -84,8 +92,15 @@ def quantize(
     statistics = _statistics(name, block)
     columns = block.vector(scheme.smooth) if scheme.smooth else None
     rows = block.vector(scheme.rows) if scheme.rows else None
-    layer = METHODS[scheme.type](weight, bias, scheme, out, columns=columns, rows=rows, stats=statistics)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", RuntimeWarning)
+        layer = METHODS[scheme.type](weight, bias, scheme, out, columns=columns, rows=rows, stats=statistics)
     report: dict[str, object] = dict(_figures(layer, weight, statistics))
+    notes = [str(one.message) for one in said if one.category is RuntimeWarning]
+    if layer.static is not None and (saturated := static_tensors(layer)[-1]):
+        notes.append(f"{saturated} biases are too large for int32 at their scale, and were cut to it")
+    if notes:
+        report["note"] = "; ".join(notes)
     if statistics is not None and plain(scheme) != scheme:
         before = METHODS[scheme.type](weight, bias, plain(scheme), stats=statistics)
         report["before"] = _figures(before, weight, statistics)

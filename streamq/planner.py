@@ -220,6 +220,11 @@ class _Builder:
         schemes = {li.name: self.scheme(target, pair) for li in model.linears if (pair := pairs[li.native])}
         placed = smoothing.place(target.recipe, target.name, target.format.WAYS, model, schemes)
         self.warnings.extend([*warnings, *placed.warnings])
+        rule = target.format.RULES[None]
+        for name, scheme in placed.schemes.items():
+            if (scheme.smooth or scheme.rows) and scheme.rule != rule:
+                placed.schemes[name] = replace(scheme, rule=rule)
+                self.warnings.append(f"--match {self.options.match}: smoothed layers keep streamq's own arithmetic")
         return placed
 
     def expert(self, expert: wan.Expert, placed: list[smoothing.Placement], replay: bool) -> ExpertPlan:

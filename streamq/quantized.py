@@ -34,9 +34,10 @@ class Int8Rule:
 class Smooth:
     """How the layers that share an input get their smoothing vector s: x / s is fed to W · s.
 
-    `method`: smoothquant (s = amax_x^alpha / amax_w^(1 - alpha)), search (the alpha of least output error) or awq
-    (s = mean_x^r, r searched). `layers`: diffusers names of the quantized layers that it is made over. `way`: where 1/s
-    goes, one of wan.WAYS. `base`: the first layer's scheme without smoothing, by which candidates are tried.
+    `method`: smoothquant (s = amax_x^alpha / amax_w^(1 - alpha)), search (the alpha of least output error), awq
+    (s = mean_x^r, r searched), or ones, where a format wants a vector and there is none. `layers`: diffusers names of
+    the quantized layers that it is made over. `way`: where 1/s goes, one of wan.WAYS. `base`: the first layer's scheme
+    without smoothing, by which candidates are tried.
     """
 
     method: str

@@ -57,6 +57,13 @@ def place(recipe: Recipe, form: str, ways: tuple[str, ...], model: Model, scheme
             continue
         smooth = Smooth(step.method, step.alpha, step.scale_min, name, layers, possible[0], schemes[layers[0]])
         _apply(smooth, block, group, model, found)
+    if found.beside:  # LightX2V reads these vectors in every block or in none
+        for block in model.blocks:
+            for group in (group for group in wan.GROUPS if group.adaln):
+                first = schemes[f"{block}.{group.layers[0]}"]
+                layers = tuple(f"{block}.{name}" for name in group.layers)
+                ones = Smooth("ones", 0.0, 0.0, f"{block}.{group.name}", layers, "adaln", first)
+                found.beside.setdefault(f"{block}.{group.adaln}", ones)
     for group_name, count in left.items():
         native = ", ".join(
             wan.to_native(f"blocks.0.{n}").removeprefix("blocks.0.")

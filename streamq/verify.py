@@ -220,20 +220,25 @@ def _compare(
         for linear in model.linears:
             if linear.native not in quantized:
                 continue
-            suffixes = [n for n in checkpoint.tensors if n.startswith(linear.native + ".") and not n.endswith(".bias")]
+            suffixes = [n for n in checkpoint.tensors if n.startswith(linear.native + ".")]
             made = {n.removeprefix(linear.native + "."): _read(written, checkpoint.tensors[n]) for n in suffixes}
             try:
                 error, cosine = _difference(_read(floats, linear.weight), made, output, linear.name, folded)
             except (KeyError, RuntimeError):  # a tensor is missing, or has another shape
                 report.problems.append(f"{prefix}{linear.native}: cannot be dequantized against this source")
                 continue
+            wrong = form.contradictions(made)
+            report.problems += [f"{prefix}{linear.native}.{one}" for one in wrong]
             about = recorded.get(label + linear.native, {})
             report.layers[prefix + linear.native] = {"rel_error": error, "cosine": cosine} | _on_data(about)
             limit = about.get("rel_error", ERROR_LIMIT / 1.01) * 1.01 + 1e-6
             if not error <= limit:
+                hint = "" if about else "; without streamq.json a smoothing scale in other tensors is not known"
                 report.problems.append(
                     f"{prefix}{linear.native}: relative error {error:.4g} against the source, at most {limit:.4g} due"
+                    + hint
                 )
+        report.problems += [prefix + one for one in _wrong_vectors(output, checkpoint, written, model, folded)]
         for name, info in model.tensors.items():
             native = wan.to_native(name)
             layer = native.rpartition(".")[0]
@@ -248,6 +253,22 @@ def _compare(
                 same = _same(floats, info, written, mine, rounded and layer in quantized, vector)
             if not same:
                 report.problems.append(f"{prefix}{native}: differs from {model.checkpoint.where(info)}")
+
+
+def _wrong_vectors(
+    output: outputs.Output, checkpoint: Checkpoint, written: Source, model: wan.Model, folded: _Folded
+) -> list[str]:
+    """Vectors beside norms that are not those by which the layers behind were scaled; ones where nothing was."""
+    found = []
+    for block in model.blocks:
+        for group in (group for group in wan.GROUPS if group.adaln):
+            vector = folded.columns.get(f"{block}.{group.layers[0]}", torch.ones(model.dim))
+            specs = output.format.vector_specs(f"{block}.{group.adaln}", model.dim)
+            for spec, due in zip(specs, output.format.encode_vector(vector), strict=False):
+                info = checkpoint.tensors.get(spec.name)
+                if info is not None and not torch.equal(_read(written, info).float(), due):
+                    found.append(f"{spec.name}: not the scale that the layers behind it were smoothed by")
+    return found
 
 
 def _on_data(about: dict[str, Any]) -> dict[str, Any]:

@@ -206,11 +206,6 @@ class Kit:
         return self._known[key]
 
 
-def bug(why: str, *, strict: bool = True) -> pytest.MarkDecorator:
-    """Known and reported; strict, so that a fix shows, unless it does not happen every time."""
-    return pytest.mark.xfail(reason=why, strict=strict)
-
-
 def calib_argv(model: Path, out: Path, *more: object) -> list[str]:
     """A calibrated run's command line."""
     return ["quant", "--model_path", str(model), "--save_path", str(out), "--device", "cpu", *map(str, more)]

@@ -34,7 +34,7 @@ from recipe_kit import (  # noqa: F401 - fixtures
 )
 from wcmatch import fnmatch
 
-from streamq import patterns, recipe
+from streamq import patterns
 
 
 def layers(result: Result) -> dict[str, str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calib_kit import CACHE, STREAM, CalibWork, Kit, bug, least_memory, replays, stop, sweep, unsound, watched
+from calib_kit import CACHE, STREAM, CalibWork, Kit, least_memory, replays, stop, sweep, unsound, watched
 from calib_kit import kit as kit  # the fixture
 from faults import JOURNAL, MANIFEST, Ended, Fault, differences, fresh, snapshot, stamps
 from resume_kit import KILLED, KILLS, SEED, THOROUGH, finish, report, thinned, was_killed
@@ -56,7 +56,7 @@ def test_killed_at_every_call(kit: Kit, tmp_path: Path) -> None:
     if not THOROUGH:  # what is published is like a data-free run's, but for the manifest behind it
         numbers = [n for n in numbers if not re.search(r"(config|description_w8a8)\.json", work.calls[n - 1])]
     streams = [number for number in work.numbers("pwrite") if STREAM in work.calls[number - 1]]
-    assert len(streams) == 6
+    assert len(streams) == 3  # nobody reads what the last block makes
     halves = {*streams, *(n for n in work.numbers("write", "write_bytes") if n in numbers)}
     faults = [Fault("before", n) for n in sorted({*numbers, *streams})] + [Fault("half", n) for n in sorted(halves)]
     problems = sweep(kit, work, tmp_path, [*faults, Fault("after", len(work.calls))], was_killed)
@@ -135,7 +135,6 @@ def test_power_cut(kit: Kit, tmp_path: Path, model: str, recipe: str) -> None:
     assert not problems, report(problems)
 
 
-@bug("open_replay makes the folder and does not sync the one that it is in")
 def test_power_cut_takes_a_folder_that_was_not_entered(kit: Kit, tmp_path: Path) -> None:
     """The cache's folder is new, too: once a commit counts, its name must be on the disk."""
     work = kit.work("t2v", "static", "--read_ahead", 1)
@@ -152,7 +151,9 @@ def test_no_block_is_replayed_twice(kit: Kit, tmp_path: Path, model: str, recipe
     work = kit.work(model, recipe, "--read_ahead", 0)
     order = list(dict.fromkeys(call.split()[1] for call in work.calls if call.startswith("replay")))
     whole, passes = replays(work.calls), 2 if recipe == "gptq" else 1
-    assert set(whole.values()) == {3 * passes * (2 if model == "pair" else 1)} and len(whole) == len(order)
+    experts = 2 if model == "pair" else 1
+    last = order[-1]  # its quantized pass would make inputs for nobody
+    assert whole == {unit: 3 * experts * (1 if unit == last else passes) for unit in order}
     at = list(_commits_of_blocks(work))
     for commits in drawn(list(range(1, len(at) + 1)), 3, model, recipe):
         out = stop(kit, work, tmp_path / "out", commits=commits)
@@ -182,7 +183,8 @@ def test_at_most_two_generations(kit: Kit, tmp_path: Path, model: str, recipe: s
         seen = watched(ended)
         experts = {"high_noise_model", "low_noise_model"} if model == "pair" else {"transformer"}
         assert {name.partition("-")[0] for name in seen["most"]} == experts
-        assert max(seen["most"].values()) == 2 and seen["nbytes"] <= most
+        # Of two blocks only the first leaves anything behind.
+        assert max(seen["most"].values()) == (2 if model == "three" else 1) and seen["nbytes"] <= most
         assert plan.scratch_nbytes >= seen["nbytes"]
 
 
@@ -228,16 +230,13 @@ def test_damaged(kit: Kit, tmp_path: Path, file: str) -> None:
     assert not finish(kit.runs, work, out, "--no_resume")
 
 
-ADVICE = bug("what store.py says of a damaged set is meant for the user's own")
-
-
 @pytest.mark.parametrize(
     ("file", "how"),
     [
         ("hidden", "flipped"),
         ("hidden", "gone"),
         ("calib.cache", "gone"),
-        *(pytest.param(*case, marks=ADVICE) for case in [("inputs", "flipped"), ("inputs", "gone"), ("calib", "cut")]),
+        *[("inputs", "flipped"), ("inputs", "gone"), ("calib", "cut")],
     ],
 )
 def test_what_a_refusal_advises(kit: Kit, tmp_path: Path, file: str, how: str) -> None:
@@ -264,9 +263,7 @@ def test_disk_full(kit: Kit, tmp_path: Path, forever: bool) -> None:
     assert not problems, report(problems)
 
 
-@pytest.mark.parametrize(
-    "which", [1, pytest.param(2, marks=bug("Cache.sync closes the first file, and Cache.close does again"))]
-)
+@pytest.mark.parametrize("which", [1, 2])
 def test_a_stream_cannot_be_synced(kit: Kit, tmp_path: Path, which: int) -> None:
     """VACE blocks write two streams: either's sync may fail."""
     work = kit.work("vace", "static", "--read_ahead", 1)
@@ -277,7 +274,7 @@ def test_a_stream_cannot_be_synced(kit: Kit, tmp_path: Path, which: int) -> None
 
 @pytest.mark.parametrize(
     "call",
-    [pytest.param("mkdir", marks=bug("open_replay: outside of disk_errors")), "unlink", "rmdir", "replace"],
+    ["mkdir", "unlink", "rmdir", "replace"],
 )
 def test_disk_error_in_the_cache_folder(kit: Kit, tmp_path: Path, call: str) -> None:
     work = kit.work("t2v", "static", "--read_ahead", 0)

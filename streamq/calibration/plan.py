@@ -179,9 +179,9 @@ def activation_nbytes(model: Model, shapes: Shapes) -> int:
     """Most bytes of intermediate tensors during one forward of one block.
 
     In the FFN: x, its fp32 normalised copy, the modulated input, and the hidden layer before and after GELU; in
-    attention: q, k, v in the compute dtype, and rotary's fp32 copies of two of them. Their sum, because what a C library
-    gets back from attention it mostly keeps; and two copies of the widest weight, as matrix kernels repack it. Fitted to
-    measured peaks of 1,344 to 7,800 tokens at width 1536.
+    attention: q, k, v in the compute dtype, and rotary's fp32 copies of two of them. Their sum, because a C library
+    mostly keeps what attention has given back; and two copies of the widest weight, as matrix kernels repack it.
+    Fitted to measured peaks of 1,344 to 7,800 tokens at width 1536.
     """
     length, dim, ffn, size = shapes.tokens, model.dim, model.ffn_dim, 2 if shapes.dtype == "BF16" else 4
     feed = length * (dim * (2 * size + 8) + 2 * ffn * size)

@@ -166,11 +166,18 @@ def static_tensors(layer: QuantizedLinear) -> tuple[Tensor, Tensor, Tensor, Tens
     scale = torch.tensor([layer.static.scale], device=device)
     offset = torch.tensor([layer.static.offset], device=device)
     deq = scale * layer.scales.flatten()
-    summed = layer.codes.sum(dim=1, dtype=torch.int64).float() * offset
-    bias = torch.zeros_like(deq) if layer.bias is None else layer.bias.float()
+    whole, saturated = static_bias(layer.bias, layer.codes, deq, layer.static.offset)
+    return scale, offset, deq, whole, saturated
+
+
+@torch.no_grad()
+def static_bias(bias: Tensor | None, codes: Tensor, deq: Tensor, offset: float) -> tuple[Tensor, int]:
+    """quant_bias [out] int32 of `static_tensors`, and how many of its elements were cut to int32."""
+    summed = codes.sum(dim=1, dtype=torch.int64).float() * offset
+    bias = torch.zeros_like(deq) if bias is None else bias.float()
     # A zero row may have a scale so small that deq is 0; its bias of 0 must not become NaN.
     whole = torch.where(bias == 0, bias, bias / deq).sub_(summed).round_()
     # 2^31 - 1 is no fp32 number: saturate in int64, from where fp32 still converts.
     wide = whole.clamp(-(2.0**40), 2.0**40).long()
     kept = wide.clamp(INT32_MIN, INT32_MAX)
-    return scale, offset, deq, kept.int(), int((wide != kept).sum())
+    return kept.int(), int((wide != kept).sum())
