@@ -11,6 +11,7 @@ once: pinning per tensor would round every size up to a power of two.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from threading import Lock
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class Accelerator:
         self.kind = kind
         self.device = torch.device(kind, index)
         self.module: Any = torch.get_device_module(self.device)
+        self._reading, self._turn = Lock(), 0
         try:
             self.module.set_device(self.device)
             self._inward, self._outward = self.module.Stream(self.device), self.module.Stream(self.device)
@@ -39,19 +41,24 @@ class Accelerator:
         return [(chunk, self.module.Event()) for chunk in host.split(STAGE_CHUNK)]
 
     def empty(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        # It may be memory that was freed while work on it is still queued: a load into it comes after that.
+        self._inward.wait_stream(self.module.current_stream(self.device))
+        return memory
 
     def load(self, read: READER, into: torch.Tensor) -> Any:
         self.module.set_device(self.device)  # each thread has its own, card 0 at first
         with self.module.stream(self._inward):
-            for number, start in enumerate(range(0, into.numel(), STAGE_CHUNK)):
-                host, copied = self._ring_in[number % STAGE_CHUNKS]
+            for start in range(0, into.numel(), STAGE_CHUNK):
                 part = into[start : start + STAGE_CHUNK]
-                copied.synchronize()  # the chunk's last copy, or nothing
-                staged = host[: part.numel()]
-                read(start, host_bytes(staged))
-                part.copy_(staged, non_blocking=True)
-                copied.record(self._inward)
+                with self._reading:  # layers are read ahead while calibration inputs are read
+                    host, copied = self._ring_in[self._turn % STAGE_CHUNKS]
+                    self._turn += 1
+                    copied.synchronize()  # the chunk's last copy, or nothing
+                    staged = host[: part.numel()]
+                    read(start, host_bytes(staged))
+                    part.copy_(staged, non_blocking=True)
+                    copied.record(self._inward)
             ready = self.module.Event()
             ready.record(self._inward)
         return ready

@@ -134,12 +134,35 @@ def show_plan(plan: Plan) -> None:
     for path, size in paths if len(paths) <= 12 else [*paths[:5], (f"… {len(paths) - 8} more", 0), *paths[-3:]]:
         files.add_row(path, f"{size:,}" if size else "")
     console.print(files)
+    if plan.calibration is not None:
+        for line in _calibration_lines(plan):
+            console.print(line, soft_wrap=True)
     console.print(
         f"reads {format_bytes(plan.bytes_to_read)}, writes {format_bytes(plan.bytes_to_write)} on {plan.device_kind};"
         f" peak memory about {format_bytes(plan.peak_host_bytes)}"
         + (f", on the device {format_bytes(plan.peak_device_bytes)}" if plan.peak_device_bytes else ""),
         soft_wrap=True,
     )
+
+
+def _calibration_lines(plan: Plan) -> list[str]:
+    """What the replay will cost."""
+    chosen = plan.calibration
+    assert chosen is not None
+    experts = [part.expert for part in plan.experts]
+    found = []
+    for expert in experts:
+        shapes, count = chosen.shapes[expert.name], chosen.samples[expert.name]
+        whose = f"{expert.name}: " if expert.name else ""
+        found.append(f"calibration: {whose}{count} samples of {shapes.tokens:,} tokens in {shapes.dtype}")
+    size = max(chosen.cache_nbytes(expert.name) for expert in experts)
+    where = "in memory and on disk" if chosen.in_memory else "on disk"
+    source = f"inputs of {chosen.given.path}" if chosen.given else "inputs made by this run"
+    found.append(
+        f"{source}; {chosen.flops(experts) / 1e15:.3g} PFLOP of block forwards;"
+        f" {format_bytes(size)} of streams between blocks, {where}"
+    )
+    return found
 
 
 def summary(plan: Plan, manifest: dict[str, Any], device: Device, seconds: float) -> dict[str, Any]:
@@ -264,8 +287,9 @@ def show_verdict(report: dict[str, Any]) -> None:
         table = Table("layer", "relative error", "cosine", title=f"worst of {len(report['layers'])} layers")
         on_data = any("output_rel_error" in found for found in report["layers"].values())
         if on_data:  # which only the run had
-            table.add_column("output error, as recorded")
-            table.add_column("rounded to nearest")
+            table.add_column("output")
+            table.add_column("plain")
+            table.caption = "output: error on calibration data, as the run recorded it; plain: rounded to nearest"
         worst = sorted(report["layers"].items(), key=lambda row: row[1]["rel_error"], reverse=True)[:8]
         for name, found in worst:
             before = found.get("before", found)

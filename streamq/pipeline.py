@@ -12,10 +12,9 @@ held whole, and calibration inputs go through it, before its first layer is quan
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, closing
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -33,6 +32,9 @@ from streamq.plan import COPY_CHUNK, ExpertPlan, Plan, Step, Unit
 from streamq.savers.shard import Place, ShardWriter, write_whole
 from streamq.stages import Arena, Lane, Watcher
 from streamq.steps import Loaded, Work, damaged, load, made, observe
+
+# A step, the tensors to be written (None: its source is copied), and whether they take room in the arena.
+Ready = tuple[Step, list[tuple[Place, torch.Tensor]] | None, bool]
 
 
 def run(plan: Plan, device: Device, watcher: Watcher) -> dict[str, Any] | None:
@@ -80,15 +82,18 @@ def _run_units(work: Work, units: list[Unit]) -> None:
         loaded = _read_ahead([step for unit in units for step in unit.steps], work, reader, writer)
         for unit in units:
             commit, block, steps = Commit(unit.key), Block(), islice(loaded, len(unit.steps))
-            jobs: Iterable[Callable[[], None]] = (_ready(*one, work, commit, block) for one in steps)
+            ready: Iterable[Ready] = (_ready(*one, work, commit, block) for one in steps)
             if unit.replayed and work.replay is not None:
                 held = list(steps)  # the whole block, before anything goes through it
                 writer.drain()  # the block before it is committed, so its inputs may go
                 block.seen = observe(unit, held, work, work.replay)
-                jobs = [_ready(*one, work, commit, block) for one in held]
+                ready = [_ready(*one, work, commit, block) for one in held]
                 work.replay.go_on(unit.name, block.layers)
-            for job in jobs:
-                writer.submit(job)
+            for step, tensors, in_arena in ready:
+                if tensors is None:
+                    writer.submit(_copy, step, work, commit)
+                else:
+                    writer.submit(_write, tensors, work.device.mark(), work, commit, in_arena)
             writer.submit(_commit, unit, work, commit)
         writer.drain()
 
@@ -111,14 +116,12 @@ def _read_ahead(steps: list[Step], work: Work, reader: Lane, writer: Lane) -> It
 
 def _ready(
     step: Step, memory: torch.Tensor | None, token: Future[Any], work: Work, commit: Commit, block: Block
-) -> Callable[[], None]:  # fmt: skip
-    """The job that writes a step's tensors, once they are made."""
+) -> Ready:  # fmt: skip
     if memory is None and step.sources:
-        return partial(_copy, step, work, commit)
+        return step, None, False
     if memory is not None:
         work.device.wait(token.result())
-    tensors = made(step, memory, work, commit, block)
-    return partial(_write, tensors, work.device.mark(), work, commit, memory is not None)
+    return step, made(step, memory, work, commit, block), memory is not None
 
 
 def _write(tensors: list[tuple[Place, torch.Tensor]], token: Any, work: Work, commit: Commit, held: bool) -> None:
