@@ -367,13 +367,17 @@ def test_memory_is_what_the_plan_says(job: Job, done: Done) -> None:
 def test_a_missing_wait_does_not_go_unnoticed(done: Done, on_cpu: Callable[[Job], dict[str, bytes]]) -> None:
     """The stand-in is worth something: without any one of the waits in `Accelerator` the tests above fail.
 
-    Streams notice three of them, on the spot or when the memory is used again; the last one makes wrong bytes.
+    Streams notice three of them, on the spot or when the memory is used again; the last one makes wrong bytes, which may
+    be no numbers.
     """
     outcomes = [done.outcomes[job] for job in SABOTAGED]
-    assert [outcome.code for outcome in outcomes] == [1, 1, 1, 0]
+    assert [outcome.code for outcome in outcomes[:3]] == [1, 1, 1]
     assert all("has not waited for it" in outcome.stderr for outcome in outcomes[:3])
-    wrong, right = tensors(done.save(SABOTAGED[3])), on_cpu(SABOTAGED[3])
-    assert wrong.keys() == right.keys() and wrong != right
+    if outcomes[3].code:
+        assert "NaN or Inf" in outcomes[3].stderr
+    else:
+        wrong, right = tensors(done.save(SABOTAGED[3])), on_cpu(SABOTAGED[3])
+        assert wrong.keys() == right.keys() and wrong != right
 
 
 def test_the_stand_in_is_as_strict_as_it_says() -> None:
