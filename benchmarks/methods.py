@@ -43,13 +43,18 @@ ROOT = Path(__file__).resolve().parents[1]
 CALIBRATE = tuple(
     f"a {color} {shape} moving {way} over a {ground} background"
     for color, shape, way, ground in (
-        ("red", "circle", "left", "black"), ("white", "square", "up", "navy"), ("yellow", "triangle", "around", "brown"),
-        ("purple", "circle", "right", "gray"), ("green", "square", "down", "black"), ("blue", "ring", "left", "gray"),
+        ("red", "circle", "left", "black"), ("white", "square", "up", "navy"),
+        ("yellow", "triangle", "around", "brown"), ("purple", "circle", "right", "gray"),
+        ("green", "square", "down", "black"), ("blue", "ring", "left", "gray"),
         ("white", "circle", "down", "brown"), ("red", "triangle", "up", "gray"),
     )
 )  # fmt: skip
-JUDGE = ("a white circle moving right over a gray background", "a yellow square moving down over a black background",
-         "a red square moving around over a navy background", "a green circle moving up over a brown background")  # fmt: skip
+JUDGE = (
+    "a white circle moving right over a gray background",
+    "a yellow square moving down over a black background",
+    "a red square moving around over a navy background",
+    "a green circle moving up over a brown background",
+)
 HEAD = "apiversion: multimodal_sd_modelslim_v1\nspec:\n  process:\n"
 QUANT = """    - {{type: linear_quant, qconfig: {{act: {{scope: {act}}},
        weight: {{scope: per_channel, method: {weight}}}}}, exclude: [{exclude}]}}

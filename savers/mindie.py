@@ -254,7 +254,7 @@ def float_name(name: str) -> str | None:
     layer, _, suffix = name.rpartition(".")
     if name.endswith(f".{MUL_SCALE}") or suffix in _TYPED and suffix != "weight":
         return None
-    return f"{layer.removesuffix(f'.{LINEAR}')}.{suffix}"
+    return f"{layer.removesuffix(f'.{LINEAR}')}.{suffix}" if layer else name
 
 
 def contradictions(tensors: Mapping[str, Tensor]) -> list[str]:

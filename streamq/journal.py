@@ -425,8 +425,8 @@ def write_manifest(plan: Plan, commits: list[Commit], hashes: dict[str, str]) ->
             tensors.setdefault(path, {}).update(found)
         for form, layers in commit.layers.items():
             figures.setdefault(form, {}).update(layers)
-        for form, found in commit.vectors.items():
-            vectors.setdefault(form, {}).update(found)
+        for form, folded in commit.vectors.items():
+            vectors.setdefault(form, {}).update(folded)
     sizes = {f.path: f.size for f in plan.files} | {path: len(content) for path, content, _ in plan.documents}
     model = plan.experts[0].expert.model
     document = {

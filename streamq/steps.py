@@ -88,8 +88,8 @@ def made(
         target, smooth = work.plan.targets[output.target], output.smooth
         if smooth is not None:
             vector = block.vector(smooth)
-            values = [(t.float() / vector).to(t.dtype) for t in tensors] or target.format.encode_vector(vector)
-            found += zip(output.places, values, strict=True)
+            divided = [(t.float() / vector).to(t.dtype) for t in tensors] or target.format.encode_vector(vector)
+            found += zip(output.places, divided, strict=True)
         elif output.scheme is None:
             found += zip(output.places, tensors, strict=True)
         else:

@@ -367,8 +367,8 @@ def test_memory_is_what_the_plan_says(job: Job, done: Done) -> None:
 def test_a_missing_wait_does_not_go_unnoticed(done: Done, on_cpu: Callable[[Job], dict[str, bytes]]) -> None:
     """The stand-in is worth something: without any one of the waits in `Accelerator` the tests above fail.
 
-    Streams notice three of them, on the spot or when the memory is used again; the last one makes wrong bytes, which may
-    be no numbers.
+    Streams notice three of them, on the spot or when the memory is used again; the last one makes wrong bytes, which
+    may be no numbers.
     """
     outcomes = [done.outcomes[job] for job in SABOTAGED]
     assert [outcome.code for outcome in outcomes[:3]] == [1, 1, 1]

@@ -8,7 +8,7 @@ that stays in memory. None of it grows with the number of blocks, and only the c
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,7 +107,7 @@ def needs_data(schemes: Mapping[str, Scheme]) -> bool:
 
 
 def plan_calibration(
-    recipes: list[Recipe], schemes: list[Mapping[str, Scheme]], experts: list[Expert], given: CalibSet | None
+    recipes: list[Recipe], schemes: Sequence[Mapping[str, Scheme]], experts: list[Expert], given: CalibSet | None
 ) -> CalibPlan:
     """Settle a calibrated run's settings. `schemes`: of every target and expert. Raises UsageError."""
     model = experts[0].model
@@ -190,7 +190,7 @@ def activation_nbytes(model: Model, shapes: Shapes) -> int:
     return feed + attention + context + 2 * ffn * dim * size
 
 
-def statistics_nbytes(model: Model, plan: CalibPlan, schemes: list[Mapping[str, Scheme]]) -> int:
+def statistics_nbytes(model: Model, plan: CalibPlan, schemes: Sequence[Mapping[str, Scheme]]) -> int:
     """Bytes of everything that is kept of one block's inputs."""
     block, size = model.blocks[0], 2 if plan.dtype == "BF16" else 4
     total = 0
@@ -206,7 +206,7 @@ def statistics_nbytes(model: Model, plan: CalibPlan, schemes: list[Mapping[str, 
     return total
 
 
-def method_nbytes(model: Model, schemes: list[Mapping[str, Scheme]]) -> int:
+def method_nbytes(model: Model, schemes: Sequence[Mapping[str, Scheme]]) -> int:
     """Most bytes of temporaries while one layer is worked on: GPTQ's copies of the weight and of the Hessian."""
     columns, most = model.ffn_dim, 0
     for scheme in (s for part in schemes for s in part.values()):
