@@ -129,7 +129,8 @@ class Plan:
     """See the module. `documents` are (path relative to the output folder, content, mode).
 
     `arena_nbytes` is the memory that all layers at work share, on the device: it bounds how much is read ahead.
-    `replay_nbytes` is what a calibrated run takes on the device besides, `cache_nbytes` what it keeps in host memory.
+    `replay_nbytes` is what a calibrated run takes on the device besides, `cache_nbytes` what it keeps in host memory;
+    `making_peaks` are the peaks on host and device while it makes its own inputs, before any of that.
     """
 
     options: QuantOptions
@@ -145,6 +146,7 @@ class Plan:
     calibration: CalibPlan | None = None
     replay_nbytes: int = 0
     cache_nbytes: int = 0
+    making_peaks: tuple[int, int] = (0, 0)
 
     @property
     def units(self) -> list[Unit]:
@@ -174,12 +176,14 @@ class Plan:
     def peak_host_bytes(self) -> int:
         """Predicted peak of resident memory."""
         at_work = self.arena_nbytes + self.replay_nbytes if self.device_kind == "cpu" else 0
-        return host_fixed(self.device_kind, self.calibration) + at_work + self.cache_nbytes
+        return max(host_fixed(self.device_kind, self.calibration) + at_work + self.cache_nbytes, self.making_peaks[0])
 
     @property
     def peak_device_bytes(self) -> int:
         """Predicted peak of device memory; 0 on the CPU."""
-        return 0 if self.device_kind == "cpu" else self.arena_nbytes + self.replay_nbytes + DEVICE_SCRATCH
+        if self.device_kind == "cpu":
+            return 0
+        return max(self.arena_nbytes + self.replay_nbytes + DEVICE_SCRATCH, self.making_peaks[1])
 
     @cached_property
     def hash(self) -> str:

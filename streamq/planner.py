@@ -64,13 +64,37 @@ def make_plan(options: QuantOptions, *, download: bool) -> Plan:
     parts = tuple(builder.expert(expert, placed[expert.name], calibration is not None) for expert in experts)
     replay = _replay_nbytes(parts, calibration, schemes)
     arena, room = _arena_nbytes(parts, options, kind, calibration, replay)
-    cache = 0
+    cache, making = 0, (0, 0)
     if calibration is not None:
+        making = _making_peaks(calibration, experts, source_path, options, kind)
         cache = max(calibration.cache_nbytes(expert.name) for expert in experts)
         calibration = replace(calibration, in_memory=calibrations.fits_in_memory(cache, room))
         cache = cache if calibration.in_memory else calibration.stream_nbytes
-    return Plan(options, source_path, kind, tuple(targets), parts, tuple(builder.files), tuple(builder.documents),
-                builder.layers, arena, tuple(dict.fromkeys(builder.warnings)), calibration, replay, cache)  # fmt: skip
+    return Plan(
+        options, source_path, kind, tuple(targets), parts, tuple(builder.files), tuple(builder.documents),
+        builder.layers, arena, tuple(dict.fromkeys(builder.warnings)), calibration, replay, cache, making,
+    )  # fmt: skip
+
+
+def _making_peaks(
+    calibration: CalibPlan, experts: list[wan.Expert], source: Path, options: QuantOptions, kind: str
+) -> tuple[int, int]:
+    """Most bytes on host and device while a run makes its own inputs. Raises UsageError if a budget is too small."""
+    if calibration.given is not None:
+        return 0, 0
+    from streamq.calibration import encoders, prepare
+
+    seen = prepare.outlook(calibration.settings, experts, encoders.find_parts(source), kind)
+    for option, budget, need in (
+        ("--max_host_memory", options.max_host_memory, seen.peak_host_bytes),
+        ("--max_device_memory", options.max_device_memory, seen.peak_device_bytes),
+    ):
+        if budget is not None and need > budget:
+            raise UsageError(
+                f"{option}: a budget of {budget} bytes, but making the calibration inputs takes {need}; raise the"
+                " budget, or make them elsewhere with streamq calib and give --calib"
+            )
+    return seen.peak_host_bytes, seen.peak_device_bytes
 
 
 def _calibration_warnings(calibration: CalibPlan, schemes: list[dict[str, Scheme]]) -> list[str]:
