@@ -326,7 +326,8 @@ def _recipes(args: argparse.Namespace) -> int:
         print(json.dumps(about, indent=1))
         return 0
     for name, metadata in about.items():
-        first = library[name].partition("\n")[0].lstrip("# ")
+        comment = " ".join(line.lstrip("# ") for line in library[name].splitlines() if line.startswith("#"))
+        first = comment.partition(". ")[0].rstrip(".") + "."
         print(f"{name}: {metadata['quant_type']} for {', '.join(metadata['formats'])}: {first}")
     return 0
 

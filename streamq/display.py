@@ -80,7 +80,7 @@ class Display:
 
     def said(self, text: str) -> None:
         """See Watcher."""
-        if not self.quiet:
+        if not self.quiet or text.startswith(("synthetic:", "warning:")):
             self.console.print(text, highlight=False, soft_wrap=True)
 
     def committed(self, unit: Unit, commit: Commit) -> None:

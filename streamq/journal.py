@@ -42,7 +42,7 @@ class Commit:
 
     tensors: file path -> tensor -> sha256. layers: format -> layer -> its figures (`streamq.layers.quantize`).
     vectors: format -> group -> way and values of a smoothing vector that lies in other tensors than the layers'.
-    streams: where the next block's inputs lie (`streamq.calibration.cache`).
+    streams: where the next block's inputs lie (`streamq.calibration.cache`). synthetic: what of them is made up.
     """
 
     unit: str
@@ -50,6 +50,7 @@ class Commit:
     layers: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     vectors: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
     streams: dict[str, Any] = field(default_factory=dict)
+    synthetic: list[str] = field(default_factory=list)
 
 
 _COMMIT_KEYS = set(asdict(Commit("")))
@@ -250,7 +251,7 @@ def _read(plan: Plan, descriptor: int, path: Path) -> list[Commit] | None:
             " time of change differs); restore them, or start again with --no_resume"
         )
     commits = [
-        Commit(line["unit"], line["tensors"], line["layers"], line["vectors"], line["streams"])
+        Commit(line["unit"], line["tensors"], line["layers"], line["vectors"], line["streams"], line["synthetic"])
         for line in lines[1:]
         if line.keys() == _COMMIT_KEYS
     ]
@@ -427,6 +428,7 @@ def write_manifest(plan: Plan, commits: list[Commit], hashes: dict[str, str]) ->
             figures.setdefault(form, {}).update(layers)
         for form, folded in commit.vectors.items():
             vectors.setdefault(form, {}).update(folded)
+    synthetic = sorted({what for commit in commits for what in commit.synthetic})
     sizes = {f.path: f.size for f in plan.files} | {path: len(content) for path, content, _ in plan.documents}
     model = plan.experts[0].expert.model
     document = {
@@ -438,7 +440,7 @@ def write_manifest(plan: Plan, commits: list[Commit], hashes: dict[str, str]) ->
         "model": {"family": model.family, "blocks": model.n_blocks, "vace_blocks": model.n_vace_blocks,
                   "dim": model.dim, "layout": model.layout, "experts": [p.expert.name for p in plan.experts]},
         "source": plan.sources,
-        **({"calibration": plan.calibration.identity} if plan.calibration else {}),
+        **({"calibration": plan.calibration.identity | {"synthetic": synthetic}} if plan.calibration else {}),
         "formats": {
             target.name: {
                 "folder": target.folder,

@@ -43,7 +43,7 @@ def run(plan: Plan, device: Device, watcher: Watcher) -> dict[str, Any] | None:
     None means that this very plan is finished already, and its files are intact.
     Raises UsageError before anything is written, RunError when the work fails; what is committed is kept either way.
     """
-    check_inputs(plan)
+    check_inputs(plan, watcher)
     journal = journals.open_journal(plan)
     if journal is None:
         return None
@@ -160,7 +160,7 @@ def _commit(unit: Unit, work: Work, commit: Commit) -> None:
         work.writers[number].sync()
     work.source.check_unchanged()
     if unit.replayed and work.replay is not None:
-        commit.streams = work.replay.cache.sync()
+        commit.streams, commit.synthetic = work.replay.cache.sync(), work.replay.synthetic
     work.journal.append(commit)
     if unit.replayed and work.replay is not None:
         work.replay.cache.committed()

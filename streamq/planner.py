@@ -55,7 +55,7 @@ def make_plan(options: QuantOptions, *, download: bool) -> Plan:
     calibration = None
     if any(calibrations.needs_data(part) for part in schemes):
         given = open_set(options.calib) if options.calib else None
-        calibration = calibrations.plan_calibration([t.recipe for t in targets], schemes, experts, given)
+        calibration = calibrations.plan_calibration([t.recipe for t in targets], schemes, experts, given, options.seed)
         if given is None:
             make.check_schedule(calibration.settings, experts, source_path)
         builder.warnings.extend(_calibration_warnings(calibration, schemes))

@@ -107,8 +107,9 @@ def needs_data(schemes: Mapping[str, Scheme]) -> bool:
 
 
 def plan_calibration(
-    recipes: list[Recipe], schemes: Sequence[Mapping[str, Scheme]], experts: list[Expert], given: CalibSet | None
-) -> CalibPlan:
+    recipes: list[Recipe], schemes: Sequence[Mapping[str, Scheme]], experts: list[Expert], given: CalibSet | None,
+    seed: int,
+) -> CalibPlan:  # fmt: skip
     """Settle a calibrated run's settings. `schemes`: of every target and expert. Raises UsageError."""
     model = experts[0].model
     if model.family not in CALIBRATED_FAMILIES:
@@ -125,7 +126,7 @@ def plan_calibration(
             f"spec.calibration.next_input quantized: each of the {len(recipes)} formats would need a replay of its own;"
             " write one format a run, or use float"
         )
-    settings = settings_of(chosen)
+    settings = settings_of({"seed": seed} | chosen)
     shapes, samples = {}, {}
     for expert in experts:
         head_dim = expert.model.dim // int(expert.model.native_config["num_heads"])
@@ -180,14 +181,15 @@ def activation_nbytes(model: Model, shapes: Shapes) -> int:
 
     In the FFN: x, its fp32 normalised copy, the modulated input, and the hidden layer before and after GELU; in
     attention: q, k, v in the compute dtype, and rotary's fp32 copies of two of them. Their sum, because a C library
-    mostly keeps what attention has given back; and two copies of the widest weight, as matrix kernels repack it.
+    mostly keeps what attention has given back; in bf16 two copies of the widest weight, as matrix kernels repack it.
     Fitted to measured peaks of 1,344 to 7,800 tokens at width 1536.
     """
     length, dim, ffn, size = shapes.tokens, model.dim, model.ffn_dim, 2 if shapes.dtype == "BF16" else 4
     feed = length * (dim * (2 * size + 8) + 2 * ffn * size)
     attention = length * dim * (5 * size + 16)
     context = 3 * shapes.states_len * dim * size
-    return feed + attention + context + 2 * ffn * dim * size
+    repacked = 2 * ffn * dim * size if size == 2 else 0
+    return feed + attention + context + repacked
 
 
 def statistics_nbytes(model: Model, plan: CalibPlan, schemes: Sequence[Mapping[str, Scheme]]) -> int:
@@ -213,7 +215,7 @@ def method_nbytes(model: Model, schemes: Sequence[Mapping[str, Scheme]]) -> int:
         widest = max(model.ffn_dim, model.dim) * model.dim
         most = max(most, widest * (1 + (12 if scheme.pair.weight.method == "gptq" else 0)))
         if scheme.pair.weight.method == "gptq":
-            most = max(most, widest * 13 + 3 * 4 * columns * columns)
+            most = max(most, widest * 13 + 4 * 4 * columns * columns)
     return most
 
 

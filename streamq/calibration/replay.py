@@ -20,6 +20,7 @@ from streamq.calibration.plan import CalibPlan
 from streamq.calibration.store import ExpertInputs
 from streamq.checkpoint import Source, TensorInfo
 from streamq.device import Device
+from streamq.device.cpu import give_memory_back
 from streamq.errors import RunError
 from streamq.methods.statistics import InputStatistics, Wanted
 from streamq.quantized import QuantizedLinear, Scheme
@@ -38,6 +39,7 @@ class Replay:
         self.where = getattr(device, "device", torch.device("cpu"))
         self.dtype = TORCH_DTYPES[plan.dtype]
         self.runner = BlockRunner(expert.model, self.dtype, self.where)
+        self.synthetic: list[str] = []  # what of the inputs is made up, for the manifest
         self._set = Source(inputs.checkpoint)
         self._rotary = (self._shared_tensor("rotary.cos"), self._shared_tensor("rotary.sin"))
         self._scale = self._shared_tensor("control_scale") if inputs.shapes.n_vace else None
@@ -95,6 +97,7 @@ class Replay:
             if keep:
                 for stream, tensor in made.items():
                     self.cache.write(stream, sample, tensor)
+            give_memory_back()
 
     def _statistics(
         self, unit: str, module: nn.Module, schemes: Mapping[str, set[Scheme]]

@@ -53,14 +53,25 @@ def open_replay(
             last = [commit for commit in journal.commits if commit.unit in mine]
             cache.restore(last[-1].streams if last else {})
             with closing(Replay(part.expert, plan.calibration, inputs, cache, device)) as replay:
+                replay.synthetic = list(found.document.get("synthetic", []))
                 yield replay
 
 
-def check_inputs(plan: Plan) -> None:
-    """Raise UsageError if the user's set is not what its document says; before anything is written."""
-    if plan.calibration is not None and plan.calibration.given is not None:
-        for name in plan.calibration.given.experts:
-            check_content(plan.calibration.given, name)
+def check_inputs(plan: Plan, watcher: Watcher) -> None:
+    """Raise UsageError if the user's set is not what its document says; before anything is written.
+
+    Warns of a set that was made with other weights: it is what another model's blocks get.
+    """
+    if plan.calibration is None or plan.calibration.given is None:
+        return
+    from streamq.calibration.make import fingerprint
+
+    given = plan.calibration.given
+    for name in given.experts:
+        check_content(given, name)
+    made_with = given.document.get("model")
+    if made_with != {part.expert.name: fingerprint(part.expert.model) for part in plan.experts}:
+        watcher.said(f"warning: --calib {given.path}: made with other weights than {plan.source_path}'s")
 
 
 def _inputs(plan: Plan, device: Device, journal: Journal, watcher: Watcher) -> CalibSet:
