@@ -406,9 +406,11 @@ def test_interrupted(
         if line.startswith(("step 2 of", "sample 2 of")):
             os.kill(os.getpid(), how)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     with monkeypatch.context() as patch:
         patch.setattr(display.CalibProgress, "__call__", stop)
         result = calib(source, out, *(TRAJECTORY if mode == "trajectory" else SMALL))
+    signal.signal(signal.SIGINT, before)
     assert result.returncode == 130
     check_error(result, f"interrupted; {out} holds no complete set, the same command starts again")
     assert sorted(path.name for path in out.iterdir()) == ["inputs.safetensors.partial"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, Tiny, run
 
 from streamq.device import STAGE_CHUNKS
@@ -80,6 +81,29 @@ def test_bytes_are_those_of_the_cpu(
     assert before < torch.cuda.max_memory_allocated() <= before + json.loads(plan.stdout)["peak_device_bytes"]
     assert all(chunk.is_pinned() for chunk in rings)
     assert [chunk.numel() for chunk in rings] == [CHUNK] * 2 * STAGE_CHUNKS
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", ["w8a8_static", "w8a8_smooth", "w8a8_gptq"])
+def test_a_calibrated_run(name: str, tiny: Tiny, tmp_path: Path, rings: list[torch.Tensor]) -> None:
+    """Attention and products round otherwise than the CPU's, so figures are compared and not bytes."""
+    model = tiny("i2v-14B", dtype="bf16")
+    document = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
+    document["spec"]["calibration"] = {"num_samples": 3, "time_bins": 2, "size": "64*64", "frame_num": 5}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(document))
+    found = {}
+    for device in ("cpu", "cuda"):
+        save = tmp_path / device
+        result = run("quant", "--model_path", model, "--save_path", save, "--config_path", tmp_path / "recipe.yaml",
+                     "--device", device, "--quiet")  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        (made,) = json.loads((save / "streamq.json").read_text())["formats"].values()
+        found[device] = made["layers"]
+        assert run("verify", save, "--source", model).returncode == 0
+    for layer, row in found["cuda"].items():
+        for key in ("rel_error", "output_rel_error") if "output_rel_error" in row else ():
+            assert row[key] == pytest.approx(found["cpu"][layer][key], rel=0.1), (layer, key)
 
 
 @pytest.mark.gpu
