@@ -143,7 +143,7 @@ def main() -> int:
             print(recipe, json.dumps(found[recipe]), file=sys.stderr, flush=True)
         static = _recipe("w8a8_static", folder)
         found["scaling"] = []
-        for blocks, samples in ((2, 2), (6, 2), (2, 6)):
+        for blocks, samples in ((2, 2), (8, 2), (2, 8)):
             made = quant(*prepared(blocks, samples)[:1], folder / "out", static, prepared(blocks, samples)[1])
             found["scaling"].append({"blocks": blocks, "samples": samples, **made})
             print(json.dumps(found["scaling"][-1]), file=sys.stderr, flush=True)
