@@ -37,10 +37,10 @@ def forward(model: Path, calib: Path) -> dict[str, float]:
     import torch
 
     from streamq import wan
-    from streamq.calibration.replay import TORCH_DTYPES
     from streamq.calibration.store import open_set
     from streamq.checkpoint import Source
     from streamq.device.cpu import host_bytes
+    from streamq.dtypes import TORCH_DTYPES
     from streamq.wan.blocks import BlockRunner, Shared, names_in, tensors_of
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))

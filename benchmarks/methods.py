@@ -30,6 +30,7 @@ from streamq.calibration.settings import CalibSettings, Prompt
 from streamq.calibration.store import CalibSet
 from streamq.checkpoint import Source
 from streamq.device.cpu import CPU, host_bytes
+from streamq.dtypes import TORCH_DTYPES
 from streamq.layers import Block, quantize
 from streamq.methods.int4 import awq4, quantize_groups
 from streamq.methods.statistics import InputStatistics, Wanted
@@ -136,7 +137,7 @@ def open_chain(found: CalibSet) -> Chain:
             info = part.tensors[name]
             memory = torch.empty(info.nbytes, dtype=torch.uint8)
             source.read(info, 0, host_bytes(memory))
-            return memory.view({"F32": torch.float32, "BF16": torch.bfloat16}[info.dtype]).view(info.shape)
+            return memory.view(TORCH_DTYPES[info.dtype]).view(info.shape)
 
         rotary = (read("rotary.cos"), read("rotary.sin"))
         shared = [

@@ -25,9 +25,9 @@ from streamq.calibration.start import check_inputs, open_replay
 from streamq.checkpoint import Source
 from streamq.device import Device
 from streamq.device.cpu import host_bytes
+from streamq.dtypes import TORCH_DTYPES
 from streamq.journal import Commit, Journal
 from streamq.layers import Block, is_finite
-from streamq.methods.int8 import DTYPES
 from streamq.plan import COPY_CHUNK, ExpertPlan, Plan, Step, Unit
 from streamq.savers.shard import Place, ShardWriter, write_whole
 from streamq.stages import Arena, Lane, Watcher
@@ -144,7 +144,7 @@ def _copy(step: Step, work: Work, commit: Commit) -> None:
         for start in range(0, info.nbytes, COPY_CHUNK):
             part = work.chunk[: min(COPY_CHUNK, info.nbytes - start)]
             work.source.read(info, start, host_bytes(part))
-            if not is_finite(part.view(DTYPES[info.dtype])):
+            if not is_finite(part.view(TORCH_DTYPES[info.dtype])):
                 raise damaged(info, work)
             for place in places:
                 work.writers[place.file].append(host_bytes(part), work.hasher.start)

@@ -11,10 +11,10 @@ import torch
 
 from streamq.checkpoint import Source, TensorInfo
 from streamq.device import Device
+from streamq.dtypes import TORCH_DTYPES
 from streamq.errors import RunError
 from streamq.journal import Commit, Journal
 from streamq.layers import Block, is_finite, quantize
-from streamq.methods.int8 import DTYPES
 from streamq.plan import ExpertPlan, Plan, Step, Unit, aligned
 from streamq.quantized import QuantizedLinear, Scheme, encode_vector
 from streamq.savers.shard import Place, ShardWriter
@@ -73,7 +73,7 @@ def observe(unit: Unit, held: list[Loaded], work: Work, replay: Replay) -> Seen:
 
 def tensors_of(step: Step, memory: torch.Tensor) -> list[torch.Tensor]:
     parts = zip(parts_of(step, memory), step.sources, strict=False)
-    return [part.view(DTYPES[info.dtype]).view(info.shape) for part, info in parts]
+    return [part.view(TORCH_DTYPES[info.dtype]).view(info.shape) for part, info in parts]
 
 
 def made(

@@ -19,15 +19,12 @@ from torch import Tensor
 from streamq import hub, outputs, wan
 from streamq.checkpoint import Checkpoint, Source, TensorInfo, read_header
 from streamq.device.cpu import host_bytes
+from streamq.dtypes import TORCH_DTYPES
 from streamq.errors import StreamqError, UsageError
 from streamq.journal import JOURNAL
 from streamq.quantized import decode_vector
 from streamq.savers.shard import HASH_CHUNK, PARTIAL, sha256_of
 
-TORCH_DTYPES = {
-    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8,
-    "I32": torch.int32, "F8_E4M3": torch.float8_e4m3fn,
-}  # fmt: skip
 ROWS_AT_A_TIME = 256
 # Without a manifest there is no recorded error to compare with; int8 of a Wan layer stays near 0.01.
 ERROR_LIMIT = 0.1

@@ -92,6 +92,12 @@ def run_process_fixture() -> Callable[..., Result]:
     return run_process
 
 
+@pytest.fixture
+def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that wait for a busy core make small tensors slow."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+
+
 class Hang(BaseException):
     """Beyond every `except Exception`."""
 

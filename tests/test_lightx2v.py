@@ -22,14 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 SMOOTH = {"type": "smooth_quant", "alpha": 0.5}
+pytestmark = pytest.mark.usefixtures("one_core")
 Make = Callable[..., Made]
 Poke = Callable[[Tensor], Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _one_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads that wait for a busy core make small tensors slow."""
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
 
 
 @pytest.fixture(scope="module")

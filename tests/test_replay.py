@@ -42,7 +42,7 @@ from streamq import wan
 from streamq.checkpoint import Source
 from streamq.errors import UsageError
 from streamq.wan import Model, blocks
-from streamq.wan.blocks import BlockRunner, Flow, Shared, flow, names_in, order, parameter_dtype, tensors_of
+from streamq.wan.blocks import BlockRunner, Flow, Shared, flow, names_in, parameter_dtype, tensors_of
 
 DEVICES = [
     "cpu",
@@ -72,7 +72,7 @@ def replay(
     """Every unit and the streams after it; streams go through the disk between blocks, and are dropped by `flow`."""
     runner = BlockRunner(model, dtype, device)
     with closing(Source(model.checkpoint)) as source:
-        for unit in order(model):
+        for unit in model.replay_order:
             runner.fill(unit, tensors_of(source, model, names_in(model, unit), device))
             way = flow(model, unit)
             written = runner.run(unit, {name: streams[name] for name in way.reads}, shared)
@@ -98,7 +98,7 @@ def test_every_block_has_diffusers_bits(
         shell = shell_of(model, kind, device)
         streams, shared = shell.stem(**case.inputs)
         check_inputs(case, seen, streams, shared)
-        units = order(model)
+        units = model.replay_order
         for i, (unit, after) in enumerate(replay(model, streams, shared, kind, device)):
             if unit.startswith("vace"):
                 number = unit.rpartition(".")[2]
@@ -182,7 +182,7 @@ def test_parameters_have_the_dtypes_of_from_pretrained(cases: dict[str, Case], n
     assert theirs.keys() == model.tensors.keys()
     runner, mine = BlockRunner(model, dtype, "cpu"), {}
     with closing(Source(model.checkpoint)) as source:
-        for unit in order(model):
+        for unit in model.replay_order:
             module = runner.fill(unit, tensors_of(source, model, names_in(model, unit), "cpu"))
             mine |= {f"{unit}.{n}": p.dtype for n, p in module.named_parameters()}
             assert not any(m.training for m in module.modules())
@@ -267,7 +267,7 @@ def test_one_block_is_alive(cases: dict[str, Case], dtype: str) -> None:
     gc.disable()  # nothing may wait for the collector of cycles
     try:
         with closing(Source(model.checkpoint)) as source:
-            for unit in order(model):
+            for unit in model.replay_order:
                 tensors = tensors_of(source, model, names_in(model, unit), "cpu")
                 shape = tensors[f"{unit}.attn1.to_q.weight"].shape
                 runner.release()
@@ -313,8 +313,8 @@ def test_hooks_see_diffusers_calls(cases: dict[str, Case]) -> None:
 
 def test_flow_of_vace(cases: dict[str, Case]) -> None:
     model = open_case(cases["vace-gap"], "diffusers")
-    assert order(model) == ["vace_blocks.0", "vace_blocks.1", "blocks.0", "blocks.1", "blocks.2", "blocks.3"]
-    assert [flow(model, unit) for unit in order(model)] == [
+    assert model.replay_order == ["vace_blocks.0", "vace_blocks.1", "blocks.0", "blocks.1", "blocks.2", "blocks.3"]
+    assert [flow(model, unit) for unit in model.replay_order] == [
         Flow(("hidden", "control"), ("control", "hint.0"), ()),
         Flow(("hidden", "control"), ("hint.1",), ("control",)),
         Flow(("hidden", "hint.0"), ("hidden",), ("hint.0",)),

@@ -35,13 +35,8 @@ NATIVE = {"attn1.to_q": "self_attn.q", "attn1.to_out.0": "self_attn.o", "attn2.t
           "attn2.to_k": "cross_attn.k", "attn2.to_v": "cross_attn.v", "attn2.add_k_proj": "cross_attn.k_img",
           "attn2.to_out.0": "cross_attn.o", "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2",
           "proj_in": "before_proj", "proj_out": "after_proj"}  # fmt: skip
+pytestmark = pytest.mark.usefixtures("one_core")
 Make = Callable[..., Made]
-
-
-@pytest.fixture(autouse=True)
-def _one_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads that wait for a busy core make small tensors slow."""
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
 
 
 @pytest.fixture(scope="module")

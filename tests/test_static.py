@@ -27,13 +27,8 @@ MIXED = (
     linear("per_token", include=["*self_attn.*", "blocks.0.ffn.0"], exclude=["blocks.1.self_attn.v"]),
     linear("per_tensor", include=["blocks.1.ffn.0"]),
 )
+pytestmark = pytest.mark.usefixtures("one_core")
 Make = Callable[..., Made]
-
-
-@pytest.fixture(autouse=True)
-def _one_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads that wait for a busy core make small tensors slow."""
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
 
 
 @pytest.fixture(scope="module")

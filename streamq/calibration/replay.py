@@ -21,14 +21,13 @@ from streamq.calibration.store import ExpertInputs
 from streamq.checkpoint import Source, TensorInfo
 from streamq.device import Device
 from streamq.device.cpu import give_memory_back
+from streamq.dtypes import TORCH_DTYPES
 from streamq.errors import RunError
 from streamq.methods.statistics import InputStatistics, Wanted
 from streamq.quantized import QuantizedLinear, Scheme
 from streamq.simulate import put_in
 from streamq.wan import Expert
 from streamq.wan.blocks import BlockRunner, Shared, flow
-
-TORCH_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 
 
 class Replay:
@@ -135,8 +134,7 @@ class Replay:
         info: TensorInfo = self.inputs.tensors[name]
         memory = self.device.empty(info.nbytes)
         self.device.wait(self.device.load(lambda start, into: self._set.read(info, start, into), memory))
-        dtype = {"U8": torch.uint8, "F32": torch.float32, "BF16": torch.bfloat16}[info.dtype]
-        return memory.view(dtype).view(info.shape)
+        return memory.view(TORCH_DTYPES[info.dtype]).view(info.shape)
 
     def close(self) -> None:
         """Let go of files and weights."""

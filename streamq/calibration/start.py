@@ -39,7 +39,8 @@ def open_replay(
         return
     from streamq.calibration.cache import Cache
     from streamq.calibration.make import all_threads
-    from streamq.calibration.replay import TORCH_DTYPES, Replay
+    from streamq.calibration.replay import Replay
+    from streamq.dtypes import TORCH_DTYPES
 
     folder = plan.options.save_path / CACHE
     with disk_errors(folder):

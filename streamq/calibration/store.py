@@ -142,6 +142,8 @@ def _expert(folder: Path, expert: str, about: dict[str, Any]) -> ExpertInputs:
         raise UsageError(f"{folder / DOCUMENT}: {about['file']!r} is not a file name")
     file, infos = read_header(folder / about["file"], folder)
     shapes, samples = Shapes(**about["shapes"]), tuple(SampleInfo(**sample) for sample in about["samples"])
+    if shapes.dtype not in ST_DTYPES.values() or any(sample.states < 0 or sample.rows < 1 for sample in samples):
+        raise ValueError(f"dtype {shapes.dtype}, or a sample without states or time step")
     found = {info.name: info for info in infos}
     for spec in shapes.specs(samples):
         info = found.get(spec.name)

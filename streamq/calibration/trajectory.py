@@ -43,7 +43,7 @@ from streamq.checkpoint import Source
 from streamq.errors import UsageError, format_bytes
 from streamq.savers.shard import disk_errors
 from streamq.wan import Expert
-from streamq.wan.blocks import BlockRunner, Shared, Shell, flow, names_in, order
+from streamq.wan.blocks import BlockRunner, Shared, Shell, flow, names_in
 
 THUMBNAILS = "thumbnails"
 
@@ -209,7 +209,7 @@ class Trajectory:
                 if (number := places.get(Kept(step, video, negative))) is not None:
                     file.sample(number, streams, shared)
                 running.append(_Running(video, negative, inputs, streams, shared))
-        for unit in order(model):
+        for unit in model.replay_order:
             runner.fill(unit, Stored(source, model, names_in(model, unit), self.device))
             drops = flow(model, unit).drops
             for one in running:

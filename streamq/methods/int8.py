@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamq.dtypes import TORCH_DTYPES
 from streamq.methods.activation import static_input
 from streamq.methods.gptq import gptq
 from streamq.methods.report import relative_and_cosine
@@ -28,7 +29,6 @@ from streamq.quantized import Int8Rule, QuantizedLinear, Scheme
 QMAX = 127
 CPU_TILE_BYTES = 5 << 19  # 2.5 MiB of fp32: 128 rows of 5120; larger tiles fall out of the cache
 DEVICE_TILE_BYTES = 64 << 20
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Shares of a row's amax that the `mse` method tries as its clipping point.
 MSE_RATIOS = tuple(1 - i / 100 for i in range(0, 61))
 
@@ -229,7 +229,7 @@ def _scale(amax: Tensor, rule: Int8Rule) -> Tensor:
     # A divisor on the device: CUDA multiplies by the reciprocal of a Python number, which may cost the last bit.
     qmax = torch.full((), QMAX, dtype=amax.dtype, device=amax.device)
     scale = amax.clamp_min(rule.amax_floor).div_(qmax).clamp_min_(rule.scale_floor)
-    kept = DTYPES.get(rule.scale_dtype, scale.dtype)
+    kept = TORCH_DTYPES.get(rule.scale_dtype, scale.dtype)
     return scale.to(kept).to(scale.dtype)
 
 

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from streamq.checkpoint import Source
 from streamq.device.cpu import host_bytes
+from streamq.dtypes import TORCH_DTYPES
 from streamq.errors import UsageError
 from streamq.wan.model import Model
 from streamq.wan.names import to_native, unit_of
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # `_keep_in_fp32_modules` of both diffusers classes, less `rope`, which has buffers only.
 FP32_PARTS = frozenset({"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"})
 MAX_ROWS = 256  # distinct rows of timestep_proj; token_row is uint8
@@ -105,7 +105,7 @@ def tensors_of(source: Source, model: Model, names: Iterable[str], device: torch
     found = {}
     for name in names:
         info = model.tensors[name]
-        tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype])
+        tensor = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
         source.read(info, 0, host_bytes(tensor))
         found[name] = tensor.to(device)
     return found
@@ -172,11 +172,6 @@ def flow(model: Model, unit: str) -> Flow:
         hint = f"hint.{layers.index(index)}"
         return Flow(("hidden", hint), ("hidden",), (hint,))
     return Flow(("hidden",), ("hidden",), ())
-
-
-def order(model: Model) -> list[str]:
-    """Every unit in the order of a forward: all VACE blocks first, then the blocks."""
-    return model.replay_order
 
 
 # -- Blocks ------------------------------------------------------------------------------------------------------------
