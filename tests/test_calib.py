@@ -21,6 +21,7 @@ from streamq.calibration import conditions, interpolate, make
 from streamq.calibration.settings import CalibSettings, Prompt, Schedule, schedule_of
 from streamq.calibration.store import CalibSet, check_content, check_fits, open_set
 from streamq.device import open_device
+from streamq.errors import UsageError
 from streamq.wan import open_model
 from streamq.wan.blocks import Shell, diffusers_config
 
@@ -430,3 +431,15 @@ cli.main(sys.argv[1:])"""
     assert sorted(path.name for path in out.iterdir()) == ["inputs.safetensors.partial"]
     assert run(*arguments).returncode == 0
     assert files_of(out) == files
+
+
+@pytest.mark.parametrize(("key", "value"), [("states", -1), ("states", 99), ("rows", 0), ("states", "0")])
+def test_a_document_that_lies(whole: tuple[Path, dict[str, bytes]], tmp_path: Path, key: str, value: object) -> None:
+    """Of samples that are not in the file: found when the set is opened, and not at block 0."""
+    place = tmp_path / "whole" / "calib.json"  # where `whole` has made it
+    assert place.name in whole[1]
+    document = json.loads(place.read_text())
+    document["experts"][""]["samples"][0][key] = value
+    place.write_text(json.dumps(document))
+    with pytest.raises(UsageError, match="calib"):
+        open_set(place.parent)
