@@ -14,6 +14,9 @@ from streamq.recipe import Pair
 if TYPE_CHECKING:
     import torch
 
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by code; bit 3 is the sign
+ALL = slice(None)
+
 
 @dataclass(frozen=True)
 class Int8Rule:
@@ -35,9 +38,10 @@ class Smooth:
     """How the layers that share an input get their smoothing vector s: x / s is fed to W · s.
 
     `method`: smoothquant (s = amax_x^alpha / amax_w^(1 - alpha)), search (the alpha of least output error), awq
-    (s = mean_x^r, r searched), or ones, where a format wants a vector and there is none. `layers`: diffusers names of
-    the quantized layers that it is made over. `way`: where 1/s goes, one of wan.WAYS. `base`: the first layer's scheme
-    without smoothing, by which candidates are tried.
+    (s = mean_x^r, r searched), svdquant (both exponents searched, with what the low-rank branch leaves; `grid`: full,
+    coarse, `rows`: of the kept ones, how many try a candidate), or ones, where a format wants a vector and there is
+    none. `layers`: diffusers names of the quantized layers that it is made over. `way`: where 1/s goes, one of
+    wan.WAYS. `base`: the first layer's scheme without smoothing, by which candidates are tried.
     """
 
     method: str
@@ -47,6 +51,8 @@ class Smooth:
     layers: tuple[str, ...]
     way: str
     base: Scheme
+    grid: str = ""
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,14 +83,27 @@ class StaticInput:
     offset: float
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """What is added to a layer's output in half precision: y += (x @ down^T) @ up^T, of x as it comes, not smoothed.
+
+    down: bfloat16 [R, in]; up: bfloat16 [out, R].
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+
+
 @dataclass
 class QuantizedLinear:
     """A quantized linear layer, on whatever device it was made.
 
-    codes: int8 [out, in]. scales: float32 [out, 1], equal to what is stored. bias: source dtype [out], or None; divided
-    by `rows` already. source_dtype: the float weight's own, in which some formats store scales.
-    smooth: float32 [in], by which the runtime divides the input; rows: float32 [out], by which weight and bias are
-    divided; static: the activation's fixed range.
+    codes: int8 [out, in]: whole numbers (int8, int4 -7..7, w4a16 0..15), or e2m1's 4 bits as a number 0..15 (nvfp4).
+    scales: float32, equal to what is stored: [out, 1], or [out, in / group] where columns are in groups.
+    zeros: float32 [out, in / group], added behind the scales (w4a16). tensor_scale: float32 [1], of all scales (nvfp4).
+    bias: source dtype [out], or None; divided by `rows` already. source_dtype: the float weight's own, in which some
+    formats store scales. smooth: float32 [in], by which the runtime divides the input; rows: float32 [out], by which
+    weight and bias are divided; static: the activation's fixed range; low_rank: the branch beside the codes.
     rel_error, cosine: of the weight against `effective()`, over all elements; 0.0 and 1.0 for a zero matrix.
     """
 
@@ -98,17 +117,38 @@ class QuantizedLinear:
     smooth: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     static: StaticInput | None = None
+    zeros: torch.Tensor | None = None
+    tensor_scale: torch.Tensor | None = None
+    low_rank: LowRank | None = None
 
-    def dequantize(self) -> torch.Tensor:
-        """The float32 weight [out, in] that the runtime multiplies with."""
-        return self.codes.float().mul_(self.scales)
+    def dequantize(self, part: slice = ALL) -> torch.Tensor:
+        """The float32 weight [out, in], or some of its rows, that the runtime multiplies the codes of x with."""
+        codes, scales = self.codes[part], self.scales[part]
+        weight = e2m1_values(codes) if self.scheme.type == "w4a4_nvfp4" else codes.float()
+        if scales.shape[1] == 1:
+            return weight.mul_(scales)
+        if self.tensor_scale is not None:
+            scales = scales * self.tensor_scale
+        grouped = weight.unflatten(1, (scales.shape[1], -1)).mul_(scales.unsqueeze(2))
+        if self.zeros is not None:
+            grouped.add_(self.zeros[part].unsqueeze(2))
+        return weight
 
-    def effective(self) -> torch.Tensor:
-        """The float32 weight [out, in] that this stands for, smoothing undone: what is compared with the source."""
-        weight = self.dequantize()
+    def effective(self, part: slice = ALL) -> torch.Tensor:
+        """The float32 weight [out, in], or some rows, that all of it stands for: what is compared with the source."""
+        weight = self.dequantize(part)
         if self.smooth is not None:
             weight = weight.div_(self.smooth)
-        return weight if self.rows is None else weight.mul_(self.rows.unsqueeze(1))
+        if self.low_rank is not None:
+            weight.addmm_(self.low_rank.up[part].float(), self.low_rank.down.float())
+        return weight if self.rows is None else weight.mul_(self.rows[part].unsqueeze(1))
+
+
+def e2m1_values(codes: torch.Tensor) -> torch.Tensor:
+    """4-bit codes 0..15 of any integer dtype -> float32: 0, .5, 1, 1.5, 2, 3, 4, 6, and the same negative from 8 on."""
+    import torch
+
+    return torch.tensor((*E2M1, *(-value for value in E2M1)), device=codes.device)[codes.int()]
 
 
 def encode_vector(vector: torch.Tensor) -> str:
