@@ -5,7 +5,7 @@ A format is a module with these names (see `Format`); adding one is a file and a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -43,6 +43,10 @@ class Document:
     content: bytes
 
 
+# Native layer name -> how it is quantized; None: it stays float.
+Schemes = Mapping[str, Scheme | None]
+
+
 class Format(Protocol):
     """What a format module has."""
 
@@ -55,17 +59,32 @@ class Format(Protocol):
         """Permission bits of every file."""
 
     @property
-    def WAYS(self) -> tuple[str, ...]:
-        """Where the runtime honours a smoothing scale (`streamq.wan.groups`), what costs it least first."""
+    def NAMES(self) -> str:
+        """Whose names the tensors have: native or diffusers."""
+
+    @property
+    def EXPERTS(self) -> Mapping[str, str]:
+        """Expert ("" for the only one) -> its folder below the format's."""
+
+    @property
+    def LAYOUTS(self) -> tuple[str, ...]:
+        """What `--layout` may be, the default first; () where there is no choice."""
+
+    @property
+    def WAYS(self) -> Mapping[str, tuple[str, ...]]:
+        """Type -> where the runtime honours a smoothing scale (`streamq.wan.groups`), what costs it least first."""
 
     @property
     def RULES(self) -> Mapping[str | None, Int8Rule]:
         """`--match` tool (None: the default) -> its arithmetic."""
 
-    def quantized_specs(self, layer: Linear, scheme: Scheme) -> list[Spec]:
+    def unfit(self, layer: Linear, scheme: Scheme) -> str | None:
+        """Why a layer's sizes do not fit the runtime, so that it stays float; None if they do."""
+
+    def quantized_specs(self, layer: Linear, scheme: Scheme, options: SaveOptions) -> list[Spec]:
         """The tensors of a quantized layer, in file order."""
 
-    def encode(self, layer: QuantizedLinear) -> list[Tensor]:
+    def encode(self, layer: QuantizedLinear, options: SaveOptions) -> list[Tensor]:
         """The same tensors' values, contiguous, in the same order and of the same dtypes."""
 
     def vector_specs(self, name: str, dim: int) -> list[Spec]:
@@ -75,18 +94,19 @@ class Format(Protocol):
         """Their values, from the vector [dim] by which the norm's output is to be divided."""
 
     def passed_spec(self, name: str, dtype: str, shape: tuple[int, ...], unit: str) -> Spec:
-        """A tensor that keeps its dtype and bytes, by the runtime's name for it."""
+        """A tensor that stays float, by its name in NAMES; it keeps its bytes unless its dtype changes, to BF16."""
 
-    def check(self, types: Mapping[str, str | None], options: SaveOptions) -> list[str]:
-        """Warnings; raises UsageError for what the runtime could not load. `types`: native layer name -> type."""
+    def check(self, schemes: Schemes, options: SaveOptions) -> list[str]:
+        """Warnings; raises UsageError for what the runtime could not load."""
 
-    def files(
-        self, specs: Sequence[Spec], types: Mapping[str, str | None], options: SaveOptions
-    ) -> list[tuple[str, list[Spec]]]:
+    def files(self, specs: Sequence[Spec], schemes: Schemes, options: SaveOptions) -> list[tuple[str, list[Spec]]]:
         """Split the tensors, which come in writing order, into files in writing order."""
 
+    def metadata(self, model: Model, schemes: Schemes, options: SaveOptions) -> dict[str, str]:
+        """`__metadata__` of every file; {} for none."""
+
     def documents(
-        self, model: Model, files: list[tuple[str, list[Spec]]], types: Mapping[str, str | None], options: SaveOptions,
+        self, model: Model, files: list[tuple[str, list[Spec]]], schemes: Schemes, options: SaveOptions,
         beside: Iterable[Path],
     ) -> list[Document]:  # fmt: skip
         """Everything that is written besides tensors. `beside`: folders whose configuration files may be copied."""
@@ -98,7 +118,7 @@ class Format(Protocol):
         """Whether a folder looks like this format's output."""
 
     def layers_in(self, folder: Path, tensors: Mapping[str, Any]) -> dict[str, str]:
-        """Layer -> type for every block linear in a written folder (`"float"` for those left alone)."""
+        """Native layer name -> type for every block linear in a folder (`"float"` for those left alone)."""
 
     def problems(self, folder: Path, tensors: Mapping[str, Any]) -> list[str]:
         """What the runtime would trip over, or worse, let pass in silence."""
@@ -106,18 +126,24 @@ class Format(Protocol):
     def float_name(self, name: str) -> str | None:
         """The native name of the model's tensor that a stored one stands for; None for what only the format has."""
 
+    def float_shape(self, name: str, dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of that tensor, where a stored one is packed."""
+
     def contradictions(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """Which of a layer's tensors (by suffix) do not have the values that follow from the others."""
 
-    def decode(self, tensors: Mapping[str, Tensor], rows: slice) -> Tensor:
-        """The float32 weight, or some of its rows, that a layer's tensors (by suffix, e.g. `weight_scale`) stand for.
+    def decode(self, tensors: Mapping[str, Tensor]) -> Callable[[slice], Tensor]:
+        """Rows of the float32 weight that a layer's tensors (by suffix, e.g. `weight_scale`) stand for.
 
         A smoothing scale that the layer itself carries is undone; one that lies elsewhere is not known here.
         """
 
+    def bias(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """The layer's bias [out] among them, in order, of any float dtype."""
+
 
 def formats() -> dict[str, Format]:
     """Name -> module, in the order in which help texts list them."""
-    from streamq.savers import lightx2v, mindie
+    from streamq.savers import lightx2v, mindie, nunchaku
 
-    return {"mindie": mindie, "lightx2v": lightx2v}
+    return {"mindie": mindie, "lightx2v": lightx2v, "nunchaku": nunchaku}

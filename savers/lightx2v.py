@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamq.checkpoint import DTYPE_SIZE, load_json, read_header
 from streamq.errors import UsageError
 from streamq.quantized import Int8Rule, QuantizedLinear, Scheme
-from streamq.savers import Document, SaveOptions, Spec
+from streamq.savers import Document, SaveOptions, Schemes, Spec
 from streamq.wan import Linear, Model, unit_of
 
 if TYPE_CHECKING:
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 TYPES = {"w8a8": "int8"}
 MODE = 0o644
-WAYS = ("norm", "adaln", "rows")
+NAMES = "native"
+EXPERTS = {name: name for name in ("", "high_noise_model", "low_noise_model")}
+LAYOUTS = ("block", "single")
+WAYS = {"w8a8": ("norm", "adaln", "rows")}
 RULES: Mapping[str | None, Int8Rule] = {
     None: Int8Rule(amax_floor=1e-5, scale_dtype="BF16", qmin=-127),
     "lightx2v": Int8Rule(amax_floor=1e-5, scale_dtype="source", arithmetic="source"),
@@ -35,7 +38,12 @@ CONFIG_KEYS = ("dim", "ffn_dim", "in_dim", "num_heads", "num_layers")
 MAX_JSON_BYTES = 64 << 20
 
 
-def quantized_specs(layer: Linear, scheme: Scheme) -> list[Spec]:
+def unfit(layer: Linear, scheme: Scheme) -> str | None:
+    """Any size does."""
+    return None
+
+
+def quantized_specs(layer: Linear, scheme: Scheme, options: SaveOptions) -> list[Spec]:
     """weight, weight_scale, and the bias in the source's dtype, or in F32 where smoothing has divided it."""
     rows, columns = layer.weight.shape
     unit = unit_of(layer.name)
@@ -49,7 +57,7 @@ def quantized_specs(layer: Linear, scheme: Scheme) -> list[Spec]:
     return [*specs, Spec(f"{layer.native}.bias", "F32" if scheme.rows else layer.bias.dtype, (rows,), unit)]
 
 
-def encode(layer: QuantizedLinear) -> list[Tensor]:
+def encode(layer: QuantizedLinear, options: SaveOptions) -> list[Tensor]:
     """Nothing about activations is on disk."""
     scales = layer.scales
     if layer.scheme.rule.scale_dtype == "source":
@@ -74,20 +82,20 @@ def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str) -> Spe
     return Spec(name, dtype, shape, unit)
 
 
-def check(types: Mapping[str, str | None], options: SaveOptions) -> list[str]:
+def check(schemes: Schemes, options: SaveOptions) -> list[str]:
     """LightX2V reads every block linear with one scheme: one left float would be multiplied without its scale."""
     if options.max_shard_size:
         raise UsageError("lightx2v has a file a block, or one with --layout single; leave --max_shard_size out")
-    left = [name for name, kind in types.items() if kind is None]
+    left = [name for name, scheme in schemes.items() if scheme is None]
     if left:
         raise UsageError(
-            f"lightx2v: the recipe leaves {len(left)} of {len(types)} block linears float ({left[0]}, …), but LightX2V"
-            " reads all of them with one scheme; use a recipe without excludes (streamq recipes w8a8_all)"
+            f"lightx2v: the recipe leaves {len(left)} of {len(schemes)} block linears float ({left[0]}, …), but"
+            " LightX2V reads all of them with one scheme; use a recipe without excludes (streamq recipes w8a8_all)"
         )
     return []
 
 
-def files(specs: Sequence[Spec], types: Mapping[str, str | None], options: SaveOptions) -> list[tuple[str, list[Spec]]]:
+def files(specs: Sequence[Spec], schemes: Schemes, options: SaveOptions) -> list[tuple[str, list[Spec]]]:
     """`block_N.safetensors` for blocks, `non_block.safetensors` for all else; or a single file."""
     if options.layout == "single":
         return [(SINGLE, list(specs))]
@@ -99,8 +107,13 @@ def files(specs: Sequence[Spec], types: Mapping[str, str | None], options: SaveO
     return list(found.items())
 
 
+def metadata(model: Model, schemes: Schemes, options: SaveOptions) -> dict[str, str]:
+    """None."""
+    return {}
+
+
 def documents(
-    model: Model, files: list[tuple[str, list[Spec]]], types: Mapping[str, str | None], options: SaveOptions,
+    model: Model, files: list[tuple[str, list[Spec]]], schemes: Schemes, options: SaveOptions,
     beside: Iterable[Path],
 ) -> list[Document]:  # fmt: skip
     """The native config, and an index where there are several files. LightX2V itself ignores the index."""
@@ -109,7 +122,7 @@ def documents(
         native["quant_method"] = "advanced_ptq"  # without it LightX2V leaves the affine tensors out, without a word
     config = json.dumps(native, indent=2, sort_keys=True) + "\n"
     found = [Document("config.json", config.encode())]
-    if options.layout == "block":
+    if options.layout != "single":
         total = sum(math.prod(s.shape) * DTYPE_SIZE[s.dtype] for _, specs in files for s in specs)
         weight_map = {spec.name: file for file, specs in files for spec in specs}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -187,6 +200,11 @@ def problems(folder: Path, tensors: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def float_shape(name: str, dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Nothing is packed."""
+    return shape
+
+
 def float_name(name: str) -> str | None:
     """The native name itself."""
     return None if name.endswith(".weight_scale") or ".affine_norm" in name else name
@@ -197,6 +215,11 @@ def contradictions(tensors: Mapping[str, Tensor]) -> list[str]:
     return []
 
 
-def decode(tensors: Mapping[str, Tensor], rows: slice) -> Tensor:
+def decode(tensors: Mapping[str, Tensor]) -> Callable[[slice], Tensor]:
     """codes · scale, float32 [out, in]."""
-    return tensors["weight"][rows].float() * tensors["weight_scale"][rows].float()
+    return lambda rows: tensors["weight"][rows].float() * tensors["weight_scale"][rows].float()
+
+
+def bias(tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """As it is."""
+    return tensors.get("bias")

@@ -10,21 +10,25 @@ from __future__ import annotations
 import json
 import math
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamq.checkpoint import DTYPE_SIZE, load_json
 from streamq.errors import UsageError
 from streamq.quantized import Int8Rule, QuantizedLinear, Scheme
-from streamq.savers import Document, SaveOptions, Spec
+from streamq.savers import Document, SaveOptions, Schemes, Spec
 from streamq.wan import Linear, Model, unit_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 TYPES = {"w8a8": "W8A8_DYNAMIC", "w8a8_static": "W8A8"}
-WAYS = ("rows", "layer")  # norms come from the original checkpoint, so nothing can be folded into them
+NAMES = "native"
+EXPERTS = {name: name for name in ("", "high_noise_model", "low_noise_model")}
+LAYOUTS = ()
+# Norms come from the original checkpoint, so nothing can be folded into them.
+WAYS = dict.fromkeys(TYPES, ("rows", "layer"))
 MODE = 0o640  # mindiesd raises PermissionError for anything wider
 FP32_EPS = 2.0**-23
 RULES: Mapping[str | None, Int8Rule] = {
@@ -53,7 +57,12 @@ def _carries(scheme: Scheme) -> bool:
     return scheme.smooth is not None and scheme.smooth.way == "layer"
 
 
-def quantized_specs(layer: Linear, scheme: Scheme) -> list[Spec]:
+def unfit(layer: Linear, scheme: Scheme) -> str | None:
+    """Any size does."""
+    return None
+
+
+def quantized_specs(layer: Linear, scheme: Scheme, options: SaveOptions) -> list[Spec]:
     """The type's tensors, the bias (always in F32), and the scale of the input where the layer carries one."""
     rows, columns = layer.weight.shape
     unit, name = unit_of(layer.name), f"{layer.native}.{LINEAR}" if _carries(scheme) else layer.native
@@ -63,7 +72,7 @@ def quantized_specs(layer: Linear, scheme: Scheme) -> list[Spec]:
     return specs + ([Spec(f"{layer.native}.{MUL_SCALE}", "F32", (columns,), unit)] if _carries(scheme) else [])
 
 
-def encode(layer: QuantizedLinear) -> list[Tensor]:
+def encode(layer: QuantizedLinear, options: SaveOptions) -> list[Tensor]:
     """Offsets are zero (symmetric) and never read, but msModelSlim writes them."""
     if layer.scheme.type == "w8a8_static":
         from streamq.methods.activation import static_tensors
@@ -91,7 +100,7 @@ def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str) -> Spe
     return Spec(name, dtype, shape, unit)
 
 
-def check(types: Mapping[str, str | None], options: SaveOptions) -> list[str]:
+def check(schemes: Schemes, options: SaveOptions) -> list[str]:
     """Warns of shards, which the present runtime does not read."""
     if not options.max_shard_size:
         return []
@@ -100,18 +109,18 @@ def check(types: Mapping[str, str | None], options: SaveOptions) -> list[str]:
     ]
 
 
-def _quant_type(types: Mapping[str, str | None]) -> str:
+def _quant_type(schemes: Schemes) -> str:
     """`model_quant_type`: the type of the last quantized layer in model order."""
-    return TYPES[[kind for kind in types.values() if kind][-1]]
+    return TYPES[[scheme.type for scheme in schemes.values() if scheme][-1]]
 
 
-def files(specs: Sequence[Spec], types: Mapping[str, str | None], options: SaveOptions) -> list[tuple[str, list[Spec]]]:
+def files(specs: Sequence[Spec], schemes: Schemes, options: SaveOptions) -> list[tuple[str, list[Spec]]]:
     """One file, or msModelSlim's shards: a tensor that would reach the limit starts a new one."""
     if not options.max_shard_size:
         size = sum(_nbytes(spec) for spec in specs)
         if size > MAX_FILE_BYTES:
             raise UsageError(f"mindie: {size} bytes of weights, mindiesd reads at most {MAX_FILE_BYTES}")
-        return [(f"quant_model_weight_{_quant_type(types).lower()}.safetensors", list(specs))]
+        return [(f"quant_model_weight_{_quant_type(schemes).lower()}.safetensors", list(specs))]
     shards: list[list[Spec]] = [[]]
     room = options.max_shard_size
     for spec in specs:
@@ -128,8 +137,13 @@ def _nbytes(spec: Spec) -> int:
     return math.prod(spec.shape) * DTYPE_SIZE[spec.dtype]
 
 
+def metadata(model: Model, schemes: Schemes, options: SaveOptions) -> dict[str, str]:
+    """None."""
+    return {}
+
+
 def documents(
-    model: Model, files: list[tuple[str, list[Spec]]], types: Mapping[str, str | None], options: SaveOptions,
+    model: Model, files: list[tuple[str, list[Spec]]], schemes: Schemes, options: SaveOptions,
     beside: Iterable[Path],
 ) -> list[Document]:  # fmt: skip
     """The description, an index where there are shards, and the `*.json` and `*.py` that lie beside the weights."""
@@ -137,10 +151,10 @@ def documents(
     description: dict[str, str] = {}
     for spec in specs:
         layer, _, suffix = spec.name.rpartition(".")
-        kind = types.get(layer.removesuffix(f".{LINEAR}"))
-        description[spec.name] = TYPES[kind] if kind and suffix in _TYPED else FLOAT
-    description["model_quant_type"] = _quant_type(types)
-    name = f"quant_model_description_{_quant_type(types).lower()}.json"
+        scheme = schemes.get(layer.removesuffix(f".{LINEAR}"))
+        description[spec.name] = TYPES[scheme.type] if scheme and suffix in _TYPED else FLOAT
+    description["model_quant_type"] = _quant_type(schemes)
+    name = f"quant_model_description_{_quant_type(schemes).lower()}.json"
     found = {name: json.dumps(description, indent=4).encode()}
     if options.max_shard_size:
         total = sum(_nbytes(spec) for spec in specs)
@@ -249,6 +263,11 @@ def _layer_problems(
     return found
 
 
+def float_shape(name: str, dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Nothing is packed."""
+    return shape
+
+
 def float_name(name: str) -> str | None:
     """The native name: that of the layer itself where a linear below it holds its tensors."""
     layer, _, suffix = name.rpartition(".")
@@ -276,12 +295,22 @@ def contradictions(tensors: Mapping[str, Tensor]) -> list[str]:
     return found
 
 
-def decode(tensors: Mapping[str, Tensor], rows: slice) -> Tensor:
+def decode(tensors: Mapping[str, Tensor]) -> Callable[[slice], Tensor]:
     """codes · scale, float32 [out, in], times the input's scale where the layer carries one."""
     below = f"{LINEAR}." if f"{LINEAR}.weight" in tensors else ""
+    codes = tensors[f"{below}weight"]
     if f"{below}deq_scale" in tensors:
-        scales = (tensors[f"{below}deq_scale"][rows] / tensors[f"{below}input_scale"]).unsqueeze(1)
+        scales = (tensors[f"{below}deq_scale"] / tensors[f"{below}input_scale"]).unsqueeze(1)
     else:
-        scales = tensors[f"{below}weight_scale"][rows]
-    weight = tensors[f"{below}weight"][rows].float() * scales
-    return weight * tensors[MUL_SCALE] if below else weight
+        scales = tensors[f"{below}weight_scale"]
+
+    def rows_of(rows: slice) -> Tensor:
+        weight = codes[rows].float() * scales[rows]
+        return weight * tensors[MUL_SCALE] if below else weight
+
+    return rows_of
+
+
+def bias(tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """As it is."""
+    return tensors.get(f"{LINEAR}.bias", tensors.get("bias"))

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +48,11 @@ class TensorFile:
     mode: int
 
 
-def layout(path: str, number: int, specs: Sequence[Spec], mode: int) -> tuple[TensorFile, list[Place]]:
+def layout(
+    path: str, number: int, specs: Sequence[Spec], mode: int, metadata: Mapping[str, str] | None = None
+) -> tuple[TensorFile, list[Place]]:
     """Compute a file's header and the place of every tensor, in the given order."""
-    entries: dict[str, object] = {}
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     sizes, position = [], 0
     for spec in specs:
         nbytes = math.prod(spec.shape) * DTYPE_SIZE[spec.dtype]

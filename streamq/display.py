@@ -193,7 +193,7 @@ def summary(plan: Plan, manifest: dict[str, Any], device: Device, seconds: float
     root = plan.options.save_path
     usage = {
         target.name: target.format.usage(
-            {part.expert.name: root / target.folder / part.expert.name for part in plan.experts}
+            {part.expert.name: root / target.folder_of(part.expert) for part in plan.experts}
         )
         for target in plan.targets
     }

@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from streamq.methods import METHODS
+from streamq.methods import METHODS, svdquant
 from streamq.methods.activation import static_tensors
+from streamq.methods.fourbit import HALF
 from streamq.methods.report import output_error
 from streamq.methods.smooth import awq, exact, exact_for_norm, search_alpha, smoothquant
 from streamq.methods.statistics import InputStatistics
+from streamq.pairs import QConfig
 from streamq.quantized import QuantizedLinear, Scheme, Smooth
-from streamq.recipe import QConfig
 from streamq.wan import block_of, group_of
 
 if TYPE_CHECKING:
     from streamq.calibration.replay import Seen
 
-PLAIN = QConfig("per_channel", "int8")
 FP16_SAFE = (2.0**-15, 2.0**14)  # of s, where the layer carries 1/s: a runtime may keep it in fp16
 
 
@@ -57,6 +57,8 @@ class Block:
 
         def settle(s: Tensor) -> Tensor:
             assert self.seen is not None
+            if scheme.packed:  # whose runtime keeps s itself
+                return s.clamp(*FP16_SAFE).to(HALF).float()
             norm = f"{block_of(smooth.group)}.{group_of(smooth.layers[0]).norm}.weight"
             if smooth.way == "norm":
                 return exact_for_norm(s, self.seen.tensors[norm])
@@ -70,6 +72,9 @@ class Block:
 
         if smooth.method == "smoothquant":
             return settle(smoothquant(statistics.amax, weights, smooth.alpha, smooth.scale_min))
+        if smooth.method == "svdquant":
+            options = svdquant.options_of(scheme)
+            return svdquant.search(statistics, weights, options, grid=smooth.grid, rows=smooth.rows).s
         if smooth.method == "search":
             return search_alpha(
                 statistics, weights, scheme.pair.act, quantizer, scale_min=smooth.scale_min, settle=settle
@@ -79,7 +84,8 @@ class Block:
 
 def plain(scheme: Scheme) -> Scheme:
     """The same type without any method: round to nearest, which is what a method is measured against."""
-    weight = replace(PLAIN, scope=scheme.pair.weight.scope)
+    given = scheme.pair.weight
+    weight = QConfig(given.scope, given.dtype, given.symmetric)
     act = replace(scheme.pair.act, method="minmax", ext=()) if scheme.pair.act.dtype != "float" else scheme.pair.act
     return replace(scheme, smooth=None, rows=None, pair=replace(scheme.pair, act=act, weight=weight))
 

@@ -16,12 +16,16 @@ from streamq.savers import Format, formats
 
 @dataclass(frozen=True)
 class Output:
-    """One expert's folder in one format. `label` is its path below the output folder ("" for the folder itself)."""
+    """One expert's folder in one format. `label` is its path below the output folder ("" for the folder itself).
+
+    `expert`: "" for the only one, else "high_noise_model" or "low_noise_model", whatever its folder is called.
+    """
 
     format_name: str
     format: Format
     label: str
     folder: Path
+    expert: str
 
     def checkpoint(self) -> Checkpoint:
         """The headers of every `.safetensors` file in it. Raises UsageError for a file that is not sound."""
@@ -44,9 +48,12 @@ class Output:
         return wan.describe(Checkpoint(self.folder, checkpoint.files, plain), quantized=True)
 
     def floats(self, checkpoint: Checkpoint) -> dict[str, TensorInfo]:
-        """Native name of a float model's tensor -> what is stored for it."""
-        names = {stored: self.format.float_name(stored) for stored in checkpoint.tensors}
-        return {name: checkpoint.tensors[stored] for stored, name in names.items() if name is not None}
+        """Native name of a float model's tensor -> what is stored for it, with the float tensor's shape."""
+        found = {}
+        for stored, info in checkpoint.tensors.items():
+            if (name := self.format.float_name(stored)) is not None:
+                found[name] = replace(info, shape=self.format.float_shape(stored, info.dtype, info.shape))
+        return found
 
 
 def find_outputs(path: Path) -> list[Output]:
@@ -56,11 +63,11 @@ def find_outputs(path: Path) -> list[Output]:
     found = []
     for name, form in formats().items():
         for place in (path, path / name):
-            for expert in ("", "high_noise_model", "low_noise_model"):
-                folder = place / expert
+            for expert, below in form.EXPERTS.items():
+                folder = place / below
                 if folder.is_dir() and form.recognise(folder):
                     label = "" if folder == path else str(folder.relative_to(path))
-                    found.append(Output(name, form, label, folder))
+                    found.append(Output(name, form, label, folder, expert))
     return found
 
 
@@ -109,8 +116,7 @@ def _recorded(path: Path, output: Output) -> dict[str, str]:
     """Layer -> type by the manifest, which knows of scales that are folded into other tensors."""
     document = manifest(path)
     made = document["formats"].get(output.format_name, {}).get("layers", {}) if document else {}
-    expert = Path(output.label).name
-    prefix = f"{expert}/" if expert in ("high_noise_model", "low_noise_model") else ""
+    prefix = f"{output.expert}/" if output.expert else ""
     found = {name.removeprefix(prefix): about.get("type") for name, about in made.items() if name.startswith(prefix)}
     return {name: kind for name, kind in found.items() if isinstance(kind, str)}
 
@@ -126,7 +132,7 @@ def _inspect_output(path: Path, found: list[Output]) -> dict[str, Any]:
         prefix = f"{output.label}/" if output.label else ""
         kinds = output.format.layers_in(output.folder, checkpoint.tensors)
         model = output.model(checkpoint)
-        experts.append(wan.Expert(Path(output.label).name, model))
+        experts.append(wan.Expert(output.expert, model))
         inside = {linear.native for linear in model.linears}
         layers |= {prefix + name: kind for name, kind in kinds.items() if name in inside}
         layers |= {prefix + name: kind for name, kind in _recorded(path, output).items() if name in kinds}

@@ -136,7 +136,10 @@ def _write(tensors: list[tuple[Place, torch.Tensor]], token: Any, work: Work, co
 
 
 def _copy(step: Step, work: Work, commit: Commit) -> None:
-    """Pass a step's tensors through, in chunks of host memory: each is read once and goes to every target."""
+    """Pass a step's tensors through, in chunks of host memory: each is read once and goes to every target.
+
+    COPY_CHUNK is a multiple of every element's size, so a chunk can be cast by itself.
+    """
     for number, info in enumerate(step.sources):
         places = [output.places[number] for output in step.outputs]
         for place in places:
@@ -144,10 +147,11 @@ def _copy(step: Step, work: Work, commit: Commit) -> None:
         for start in range(0, info.nbytes, COPY_CHUNK):
             part = work.chunk[: min(COPY_CHUNK, info.nbytes - start)]
             work.source.read(info, start, host_bytes(part))
-            if not is_finite(part.view(TORCH_DTYPES[info.dtype])):
+            values = part.view(TORCH_DTYPES[info.dtype])
+            if not is_finite(values):
                 raise damaged(info, work)
             for place in places:
-                work.writers[place.file].append(host_bytes(part), work.hasher.start)
+                work.writers[place.file].append(host_bytes(values.to(TORCH_DTYPES[place.dtype])), work.hasher.start)
         for place in places:
             writer = work.writers[place.file]
             commit.tensors.setdefault(writer.file.path, {})[place.name] = writer.end()

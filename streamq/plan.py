@@ -24,7 +24,7 @@ from streamq.device import HOST_BASE, STAGE_CHUNK, STAGE_CHUNKS, MiB
 from streamq.errors import UsageError
 from streamq.options import QuantOptions
 from streamq.quantized import Scheme, Smooth
-from streamq.savers import Format
+from streamq.savers import Format, SaveOptions
 from streamq.savers.shard import Place, TensorFile
 
 COPY_CHUNK = 8 * MiB  # of tensors that pass through
@@ -39,7 +39,7 @@ def aligned(nbytes: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What one target gets from one step: `scheme` None means the source's own bytes.
+    """What one target gets from one step: `scheme` None means the source's own values, in the dtype of their places.
 
     `smooth`: a norm's tensor that is divided by this vector; or, in a step without sources, the vector itself.
     """
@@ -67,7 +67,7 @@ class Step:
 
     @property
     def passed(self) -> bool:
-        """Whether every target gets the source's own bytes."""
+        """Whether every target gets the source's own values."""
         return bool(self.sources) and not any(output.scheme or output.smooth for output in self.outputs)
 
     @property
@@ -87,9 +87,11 @@ class Step:
 
     @property
     def working_nbytes(self) -> int:
-        """Bytes that it takes in memory while it is worked on: its source, and the codes of each distinct scheme."""
+        """Bytes that it takes in memory while it is worked on: its source, the codes of each distinct scheme, and what
+        a format packs them into."""
         codes = len(self.schemes) * math.prod(self.sources[0].shape)
-        return sum(aligned(info.nbytes) for info in self.sources) + aligned(codes)
+        packed = sum(p.nbytes for o in self.outputs if o.scheme is not None and o.scheme.packed for p in o.places)
+        return sum(aligned(info.nbytes) for info in self.sources) + aligned(codes) + aligned(packed)
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,11 @@ class Target:
     format: Format
     recipe: recipe.Recipe
     folder: str
+    save: SaveOptions
+
+    def folder_of(self, expert: wan.Expert) -> str:
+        """Where an expert's files go, relative to the output folder."""
+        return "/".join(part for part in (self.folder, self.format.EXPERTS[expert.name]) if part)
 
 
 @dataclass(frozen=True)

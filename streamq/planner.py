@@ -212,17 +212,25 @@ def _targets(options: QuantOptions) -> tuple[list[Target], list[str]]:
         for wanted in options.formats or (None,):
             found = resolve.recipe_for(options.quant_type, wanted)
             chosen[wanted or found.format or "mindie"] = found
-    targets = [Target(name, known[name], found, name if len(chosen) > 1 else "") for name, found in chosen.items()]
+    targets = [
+        Target(name, known[name], found, name if len(chosen) > 1 else "", _save_options(options, found))
+        for name, found in chosen.items()
+    ]
     tools = {tool for target in targets for tool in target.format.RULES if tool}
     if options.match and options.match not in tools:
         every = ", ".join(f"{t} (format {n})" for n, f in known.items() for t in f.RULES if t)
         raise UsageError(f"--match {options.match}: not a tool whose bytes these formats can match; known: {every}")
-    if options.layout != "block" and "lightx2v" not in chosen:
-        raise UsageError(f"--layout {options.layout}: a setting of lightx2v, which is not written here; leave it out")
+    if options.layout != "block" and not any(options.layout in target.format.LAYOUTS for target in targets):
+        able = ", ".join(name for name, form in known.items() if options.layout in form.LAYOUTS)
+        raise UsageError(f"--layout {options.layout}: a setting of {able}, not of {', '.join(chosen)}; leave it out")
     warnings = ["--trust_remote_code True: streamq runs no code out of a checkpoint"] * options.trust_remote_code
     if options.max_device_memory is not None and kind_of(options.device) == "cpu":
         warnings.append("--max_device_memory: ignored, the device is the cpu; its memory is --max_host_memory")
     return targets, warnings
+
+
+def _save_options(options: QuantOptions, found: recipe.Recipe) -> SaveOptions:
+    return SaveOptions(options.layout, options.max_shard_size or found.part_file_size * (1 << 30))
 
 
 class _Builder:
@@ -242,6 +250,7 @@ class _Builder:
         model = expert.model
         pairs, warnings = resolve.resolve(target.recipe, [linear.native for linear in model.linears])
         schemes = {li.name: self.scheme(target, pair) for li in model.linears if (pair := pairs[li.native])}
+        self.leave_unfit(target, model, schemes)
         placed = smoothing.place(target.recipe, target.name, target.format.WAYS, model, schemes)
         self.warnings.extend([*warnings, *placed.warnings])
         rule = target.format.RULES[None]
@@ -250,6 +259,18 @@ class _Builder:
                 placed.schemes[name] = replace(scheme, rule=rule)
                 self.warnings.append(f"--match {self.options.match}: smoothed layers keep streamq's own arithmetic")
         return placed
+
+    def leave_unfit(self, target: Target, model: wan.Model, schemes: dict[str, Scheme]) -> None:
+        """Take out the layers whose sizes the format's runtime has no kernel for."""
+        reasons: dict[str, list[str]] = {}
+        for linear in model.linears:
+            if linear.name in schemes and (reason := target.format.unfit(linear, schemes[linear.name])):
+                reasons.setdefault(reason, []).append(linear.native)
+                del schemes[linear.name]
+        for reason, names in reasons.items():
+            self.warnings.append(f"{target.name}: {len(names)} layers stay float ({names[0]}, …): {reason}")
+        if reasons and not schemes:
+            raise UsageError(f"{target.name}: no layer of this model fits: {next(iter(reasons))}")
 
     def expert(self, expert: wan.Expert, placed: list[smoothing.Placement], replay: bool) -> ExpertPlan:
         model = expert.model
@@ -270,7 +291,7 @@ class _Builder:
                 if specs[name]
             )
             unit = wan.unit_of(name)
-            tensors = (name,) if name in model.tensors else (f"{name}.weight", f"{name}.bias")[: len(sources)]
+            tensors = _tensor_names(name, model, sources)
             replayed = replay and unit != "rest" and bool(sources)
             steps.setdefault(unit, []).append(
                 Step(prefix + wan.to_native(name), name, tensors, sources, outputs, replayed)
@@ -283,23 +304,26 @@ class _Builder:
         """Written names by piece, and the place of each written name, for one format and expert."""
         model, form, schemes = expert.model, target.format, placed.schemes
         linears = {linear.name: linear for linear in model.linears}
-        types = {linear.native: schemes[n].type if n in schemes else None for n, linear in linears.items()}
-        save = SaveOptions(self.options.layout, self.options.max_shard_size or target.recipe.part_file_size * (1 << 30))
-        self.warnings.extend(form.check(types, save))
+        by_native, save = {linear.native: schemes.get(n) for n, linear in linears.items()}, target.save
+        self.warnings.extend(form.check(by_native, save))
         written: dict[str, list[Spec]] = {}
         for name, sources in pieces.items():
             unit = wan.unit_of(name)
             if name in schemes:
-                written[name] = form.quantized_specs(linears[name], schemes[name])
+                written[name] = form.quantized_specs(linears[name], schemes[name], save)
             elif sources:
-                written[name] = [form.passed_spec(model.native_name(s), s.dtype, s.shape, unit) for s in sources]
+                names = _tensor_names(name, model, sources)
+                if form.NAMES == "native":
+                    names = tuple(model.native_name(source) for source in sources)
+                pairs = zip(names, sources, strict=True)
+                written[name] = [form.passed_spec(own, s.dtype, s.shape, unit) for own, s in pairs]
             else:
                 written[name] = form.vector_specs(name, model.dim) if name in placed.beside else []
-        files = form.files([spec for specs in written.values() for spec in specs], types, save)
-        folder = "/".join(part for part in (target.folder, expert.name) if part)
-        places = self.place(files, folder, form.MODE)
+        files = form.files([spec for specs in written.values() for spec in specs], by_native, save)
+        folder = target.folder_of(expert)
+        places = self.place(files, folder, form.MODE, form.metadata(model, by_native, save))
         beside = [self.source_path, model.checkpoint.root] if self.source_path.is_dir() else []
-        for document in form.documents(model, files, types, save, beside):
+        for document in form.documents(model, files, by_native, save, beside):
             self.documents.append((f"{folder}/{document.name}".lstrip("/"), document.content, form.MODE))
         label = f"{expert.name}/" if expert.name else ""
         kinds = {linear.native: schemes[n].label if n in schemes else "float" for n, linear in linears.items()}
@@ -321,16 +345,23 @@ class _Builder:
             rule = replace(rule, arithmetic="bf16")  # the tool to be matched would load the model so
         return Scheme(pair.type, pair, rule)
 
-    def place(self, files: list[tuple[str, list[Spec]]], folder: str, mode: int) -> dict[str, Place]:
+    def place(
+        self, files: list[tuple[str, list[Spec]]], folder: str, mode: int, metadata: dict[str, str]
+    ) -> dict[str, Place]:
         places: dict[str, Place] = {}
         for name, specs in files:
-            file, found = layout(f"{folder}/{name}".lstrip("/"), len(self.files), specs, mode)
+            file, found = layout(f"{folder}/{name}".lstrip("/"), len(self.files), specs, mode, metadata)
             self.files.append(file)
             for place in found:
                 if place.name in places:
                     raise UsageError(f"{place.name}: two source tensors would be written under this name")
                 places[place.name] = place
         return places
+
+
+def _tensor_names(name: str, model: wan.Model, sources: tuple[TensorInfo, ...]) -> tuple[str, ...]:
+    """Diffusers names of a step's tensors, weight before bias."""
+    return (name,) if name in model.tensors else (f"{name}.weight", f"{name}.bias")[: len(sources)]
 
 
 def _pieces(model: wan.Model, beside: list[str], replay: bool) -> dict[str, tuple[TensorInfo, ...]]:

@@ -9,13 +9,14 @@ import base64
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from streamq.recipe import Pair
+from streamq.pairs import Pair
 
 if TYPE_CHECKING:
     import torch
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by code; bit 3 is the sign
 ALL = slice(None)
+FOUR_BIT = ("w4a4", "w4a4_nvfp4", "w4a16")
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,27 @@ class Scheme:
 
     @property
     def label(self) -> str:
-        """The type as users see it."""
-        return f"{self.type}_smooth" if self.smooth else self.type
+        """The type as users see it. Smoothing is part of what the 4-bit types are."""
+        return f"{self.type}_smooth" if self.smooth and not self.packed else self.type
+
+    @property
+    def gram(self) -> bool:
+        """Whether its method needs the Gram matrix of the input."""
+        weight = self.pair.weight
+        return weight.method == "gptq" or weight.method == "svdquant" and bool(dict(weight.ext).get("gptq"))
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether anything about it is made from the layer's inputs."""
+        weight, act = self.pair.weight, self.pair.act
+        weighted = weight.dtype == "int4" and weight.method == "mse" and dict(weight.ext).get("weighted", True)
+        static = act.scope == "per_tensor" and act.dtype != "float"
+        return bool(self.smooth or self.rows or static or weighted or weight.method in ("gptq", "svdquant"))
+
+    @property
+    def packed(self) -> bool:
+        """Whether a format stores other bytes than the codes, because two share a byte."""
+        return self.type in FOUR_BIT
 
 
 @dataclass(frozen=True)
@@ -125,7 +145,7 @@ class QuantizedLinear:
         """The float32 weight [out, in], or some of its rows, that the runtime multiplies the codes of x with."""
         codes, scales = self.codes[part], self.scales[part]
         weight = e2m1_values(codes) if self.scheme.type == "w4a4_nvfp4" else codes.float()
-        if scales.shape[1] == 1:
+        if not self.scheme.packed:
             return weight.mul_(scales)
         if self.tensor_scale is not None:
             scales = scales * self.tensor_scale

@@ -21,17 +21,20 @@ import bracex
 import yaml
 
 from streamq.errors import UsageError, nearest
+from streamq.pairs import Pair, QConfig, fault
 from streamq.patterns import MAX_EXPANSIONS, regexes
 from streamq.recipe_keys import (
     CALIBRATION_RANGES,
     CALIBRATION_TEXTS,
     EXT_KEYS,
+    GRIDS,
     LATER_KINDS,
     MODEL_CONFIG_KEYS,
     NEXT_INPUTS,
     PROCESS_KINDS,
     QCONFIG_VALUES,
     SAVERS,
+    SEARCH_ROWS,
     SMOOTH_ALPHA,
     SMOOTH_METHODS,
     SUBGRAPHS,
@@ -41,42 +44,6 @@ APIVERSION = "multimodal_sd_modelslim_v1"
 MAX_RECIPE_BYTES = 1 << 20
 MAX_RECIPE_NODES = 100_000
 MAX_PATTERN_LENGTH, MAX_PATTERN_STARS = 200, 8  # msModelSlim's length; more stars only make matching slow
-
-
-@dataclass(frozen=True)
-class QConfig:
-    """How one operand (activation or weight) of a linear layer is quantized."""
-
-    scope: str
-    dtype: str
-    symmetric: bool = True
-    method: str = "minmax"
-    ext: tuple[tuple[str, Any], ...] = ()
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Activation and weight of one layer: what a recipe says about it."""
-
-    act: QConfig
-    weight: QConfig
-
-    @property
-    def type(self) -> str | None:
-        """The quantization type (`w8a8`, …), or None for a pair that no runtime of streamq's has."""
-        blocks = self.weight.dtype.startswith("mx")
-        if blocks != (self.weight.scope == "per_block"):
-            return None
-        return _TYPES.get((self.act.scope if self.act.dtype != "float" else "", self.act.dtype, self.weight.dtype))
-
-
-_TYPES = {
-    ("per_token", "int8", "int8"): "w8a8",
-    ("per_tensor", "int8", "int8"): "w8a8_static",
-    ("", "float", "int8"): "w8a16",
-    ("per_block", "mxfp8", "mxfp8"): "w8a8_mxfp8",
-    ("per_block", "mxfp4", "mxfp4"): "w4a4_mxfp4",
-}
 
 
 @dataclass(frozen=True)
@@ -103,7 +70,8 @@ class LinearQuant:
 class SmoothStep:
     """A smoothing step: which layers' groups it takes, and how their vectors are found.
 
-    `method` smoothquant (alpha given), search (alpha searched) or awq; see `streamq.quantized.Smooth`.
+    `method` smoothquant (alpha given), search (alpha searched), awq or svdquant (with `grid` and `rows`); see
+    `streamq.quantized.Smooth`.
     """
 
     method: str
@@ -112,6 +80,8 @@ class SmoothStep:
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     path: str
+    grid: str = ""
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -307,7 +277,15 @@ class _Reader:
             raise self.fail(f"{path}.enable_subgraph_type", "without norm-linear, which all of Wan's groups are")
         include = self.patterns(_given(value, "include", ["*"]), f"{path}.include")
         exclude = self.patterns(_given(value, "exclude", []), f"{path}.exclude")
-        return SmoothStep(method, float(alpha), scale_min, include, exclude, path)
+        if method != "svdquant":
+            for key in ("grid", "rows"):
+                if key in value:
+                    raise self.fail(f"{path}.{key}", f"only for method svdquant; this step has {method}")
+            return SmoothStep(method, float(alpha), scale_min, include, exclude, path)
+        default, *bounds = SEARCH_ROWS
+        grid = self.word(value.get("grid", GRIDS[0]), f"{path}.grid", GRIDS)
+        rows = self.number(value.get("rows", default), f"{path}.rows", (bounds[0], bounds[1]))
+        return SmoothStep(method, 0.0, scale_min, include, exclude, path, grid, rows)
 
     def number(self, value: Any, path: str, bounds: tuple[Any, Any]) -> Any:
         """A number between bounds, of their kind: whole if they are whole."""
@@ -371,16 +349,8 @@ class _Reader:
                 f"activations {pair.act.dtype} {pair.act.scope} with weights {pair.weight.dtype} {pair.weight.scope}:"
                 " no such type; int8 per_token with int8 per_channel is w8a8",
             )
-        if pair.weight.dtype == "int8" and not pair.weight.symmetric:
-            raise self.fail(f"{path}.weight.symmetric", "False; int8 weights are symmetric in every supported runtime")
-        if pair.type == "w8a8" and not pair.act.symmetric:
-            raise self.fail(f"{path}.act.symmetric", "False; per-token activations are symmetric in the runtimes")
-        if pair.weight.dtype == "int8" and pair.weight.method not in ("minmax", "mse", "gptq"):
-            raise self.fail(f"{path}.weight.method", f"{pair.weight.method!r}; int8 weights have minmax, mse, gptq")
-        if pair.weight.method == "gptq" and pair.weight.scope != "per_channel":
-            raise self.fail(f"{path}.weight.scope", f"{pair.weight.scope!r}; gptq has a scale per_channel")
-        if pair.act.method in ("percentile", "mse") and pair.act.scope != "per_tensor":
-            raise self.fail(f"{path}.act.method", f"{pair.act.method!r}; only for per_tensor, which is static")
+        if (wrong := fault(pair)) is not None:
+            raise self.fail(f"{path}.{wrong[0]}", wrong[1])
         return pair
 
     def qconfig(self, value: Any, path: str, operand: str, default: QConfig) -> QConfig:
@@ -400,6 +370,8 @@ class _Reader:
         changes: dict[str, Any] = {k: given[k] for k in ("scope", "dtype", "symmetric", "method") if k in given}
         if "ext" in given:
             changes["ext"] = tuple(sorted(ext.items()))
+        elif method != default.method:
+            changes["ext"] = ()  # those were another method's
         return replace(default, **changes)
 
     def ext(self, value: Any, path: str, allowed: tuple[Any, ...]) -> None:

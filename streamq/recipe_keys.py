@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-SAVERS = {"mindie_format_saver": "mindie", "lightx2v_format_saver": "lightx2v"}
+SAVERS = {"mindie_format_saver": "mindie", "lightx2v_format_saver": "lightx2v", "nunchaku_format_saver": "nunchaku"}
 PROCESS_KINDS = {
     "linear_quant": {"type", "qconfig", "include", "exclude", "overrides"},
-    "smooth_quant": {"type", "method", "alpha", "scale_min", "symmetric", "include", "exclude"},
+    "smooth_quant": {"type", "method", "alpha", "scale_min", "symmetric", "grid", "rows", "include", "exclude"},
     "iter_smooth": {"type", "method", "alpha", "scale_min", "symmetric", "include", "exclude", "enable_subgraph_type"},
 }
 SMOOTH_ALPHA = {"smooth_quant": 0.5, "iter_smooth": 0.9}  # msModelSlim's defaults
-SMOOTH_METHODS = ("smoothquant", "awq")
+SMOOTH_METHODS = ("smoothquant", "awq", "svdquant")
+GRIDS = ("full", "coarse")
+SEARCH_ROWS = (256, 1, 1 << 20)  # default, least, most: rows of the input by which a candidate is judged
 SUBGRAPHS = ("norm-linear", "linear-linear", "ov", "up-down")
 LATER_KINDS = {
     "online_quarot": "needs the MXFP types, which this version does not write",
@@ -19,11 +21,11 @@ LATER_KINDS = {
 }
 QCONFIG_VALUES: dict[str, tuple[str, ...]] = {
     "act.scope": ("per_token", "per_tensor", "per_block", "per_group"),
-    "act.dtype": ("int8", "mxfp8", "mxfp4", "float"),
+    "act.dtype": ("int8", "int4", "nvfp4", "mxfp8", "mxfp4", "float"),
     "act.method": ("minmax", "percentile", "mse", "none"),
-    "weight.scope": ("per_channel", "per_tensor", "per_block"),
-    "weight.dtype": ("int8", "mxfp8", "mxfp4"),
-    "weight.method": ("minmax", "mse", "gptq", "mse_round", "ceil_x"),
+    "weight.scope": ("per_channel", "per_tensor", "per_block", "per_group"),
+    "weight.dtype": ("int8", "int4", "nvfp4", "mxfp8", "mxfp4"),
+    "weight.method": ("minmax", "mse", "gptq", "svdquant", "mse_round", "ceil_x"),
 }
 # operand.method -> the keys of its `ext`, with the least and the most that each may be (bool and text: the values).
 EXT_KEYS: dict[str, dict[str, tuple[Any, ...]]] = {  # fmt: skip
@@ -33,6 +35,16 @@ EXT_KEYS: dict[str, dict[str, tuple[Any, ...]]] = {  # fmt: skip
         "damping": (1e-6, 1.0),
         "block": (1, 4096),
         "scales": ("minmax", "mse"),
+        "weighted": (False, True),
+    },
+    "weight.mse": {"weighted": (False, True)},
+    "weight.svdquant": {
+        "rank": (16, 1024),
+        "rounds": (1, 1000),
+        "svd": ("auto", "exact", "randomised"),
+        "gptq": (False, True),
+        "act_order": (False, True),
+        "damping": (1e-6, 1.0),
     },
 }
 NEXT_INPUTS = ("float", "quantized")

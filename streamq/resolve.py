@@ -10,8 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from streamq.errors import UsageError, nearest
+from streamq.pairs import Pair
 from streamq.patterns import matches
-from streamq.recipe import LinearQuant, Pair, Recipe, SmoothStep, parse_recipe
+from streamq.recipe import LinearQuant, Recipe, SmoothStep, parse_recipe
 
 
 def resolve(recipe: Recipe, layers: Iterable[str]) -> tuple[dict[str, Pair | None], list[str]]:

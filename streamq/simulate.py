@@ -1,7 +1,8 @@
-"""A quantized layer as its runtime computes it, on any device: codes times codes, then the scales.
+"""A quantized layer as its runtime computes it, on any device, in the place of the float one.
 
-int8 codes, and static ones less their offset (at most 256 in size), are whole numbers that bf16 holds exactly, and the
-product accumulates in fp32; so a float matrix product stands for the integer one, at a float layer's speed and memory.
+int8: codes times codes, then the scales. The codes, static ones less their offset too (at most 256 in size), are whole
+numbers that bf16 holds exactly, and the product accumulates in fp32; so a float matrix product stands for the integer
+one, at a float layer's speed and memory. The 4-bit types: `emulate.forward`, which dequantizes at every call.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from streamq import emulate
 from streamq.methods.activation import quantize_input
+from streamq.methods.fourbit import HALF
 from streamq.quantized import QuantizedLinear
 
 
 class SimulatedLinear(nn.Module):
-    """Takes the float layer's place: [..., in] -> [..., out], in the input's dtype.
+    """An int8 layer that takes the float layer's place: [..., in] -> [..., out], in the input's dtype.
 
     Smoothing is undone around it, so that the layers next to it may still be float: the input is divided by `smooth`
     here, and the output multiplied by `rows`, which the next layer's `smooth` would cancel.
@@ -41,8 +44,24 @@ class SimulatedLinear(nn.Module):
         return (y if self.layer.rows is None else y.mul_(self.layer.rows)).to(given)
 
 
+class EmulatedLinear(nn.Module):
+    """A 4-bit layer that takes the float layer's place: [..., in] -> [..., out], in the input's dtype.
+
+    The kernels compute in half precision: an input that is neither bf16 nor fp16 goes through as bf16.
+    """
+
+    def __init__(self, layer: QuantizedLinear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = x if x.dtype in emulate.HALVES else x.to(HALF)
+        return emulate.forward(half, self.layer).to(x.dtype)
+
+
 def put_in(module: nn.Module, name: str, layer: QuantizedLinear) -> None:
-    """Replace a block's linear layer by a simulated one, for as long as the block lives."""
+    """Replace a block's linear layer by one of its type, for as long as the block lives."""
     linear = module.get_submodule(name)
     assert isinstance(linear, nn.Linear), name
-    module.set_submodule(name, SimulatedLinear(layer, linear.weight.dtype))
+    made = EmulatedLinear(layer) if layer.scheme.packed else SimulatedLinear(layer, linear.weight.dtype)
+    module.set_submodule(name, made)

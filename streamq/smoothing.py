@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from streamq import wan
+from streamq.errors import UsageError
 from streamq.quantized import Scheme, Smooth
 from streamq.recipe import Recipe, SmoothStep
 from streamq.resolve import resolve_smoothing
@@ -32,8 +33,14 @@ class Placement:
     warnings: list[str] = field(default_factory=list)
 
 
-def place(recipe: Recipe, form: str, ways: tuple[str, ...], model: Model, schemes: Mapping[str, Scheme]) -> Placement:
-    """Give each quantized layer its part in the smoothing that the recipe asks for. `schemes`: layer -> without it."""
+def place(
+    recipe: Recipe, form: str, ways: Mapping[str, tuple[str, ...]], model: Model, schemes: Mapping[str, Scheme]
+) -> Placement:
+    """Give each quantized layer its part in the smoothing that the recipe asks for.
+
+    ways: type -> where the format can put a vector. schemes: layer -> without smoothing. Raises UsageError for a method
+    that does not know a layer's type.
+    """
     found = Placement(dict(schemes))
     if not any(isinstance(step, SmoothStep) for step in recipe.process):
         return found
@@ -51,11 +58,15 @@ def place(recipe: Recipe, form: str, ways: tuple[str, ...], model: Model, scheme
     left: Counter[str] = Counter()
     for name, step in steps.items():
         block, group, layers = groups[name]
-        possible = [way for way in ways if _can(way, block, group, layers, model, schemes)]
+        layers = tuple(layer for layer in layers if ways[schemes[layer].type])
+        _check_method(recipe, step, layers, schemes)
+        known = ways[schemes[layers[0]].type] if layers else ()
+        possible = [way for way in known if _can(way, block, group, layers, model, schemes)]
         if not possible:
             left[group.name] += 1
             continue
-        smooth = Smooth(step.method, step.alpha, step.scale_min, name, layers, possible[0], schemes[layers[0]])
+        base = schemes[layers[0]]
+        smooth = Smooth(step.method, step.alpha, step.scale_min, name, layers, possible[0], base, step.grid, step.rows)
         _apply(smooth, block, group, model, found)
     if found.beside:  # LightX2V reads these vectors in every block or in none
         for block in model.blocks:
@@ -75,6 +86,17 @@ def place(recipe: Recipe, form: str, ways: tuple[str, ...], model: Model, scheme
             f"{form}: no place for a smoothing scale before {native} ({count} blocks); quantized without it"
         )
     return found
+
+
+def _check_method(recipe: Recipe, step: SmoothStep, layers: tuple[str, ...], schemes: Mapping[str, Scheme]) -> None:
+    for layer in layers:
+        four = schemes[layer].packed
+        if four != (step.method == "svdquant") and not (four and step.method == "smoothquant"):
+            right = "svdquant, or smoothquant with an alpha" if four else "smoothquant or awq"
+            raise UsageError(
+                f"recipe {recipe.name}: {step.path}.method: {step.method} does not know {schemes[layer].type}, which"
+                f" {wan.to_native(layer)} is; use {right}"
+            )
 
 
 def _can(

@@ -15,7 +15,7 @@ from streamq.dtypes import TORCH_DTYPES
 from streamq.errors import RunError
 from streamq.journal import Commit, Journal
 from streamq.layers import Block, is_finite, quantize
-from streamq.plan import ExpertPlan, Plan, Step, Unit, aligned
+from streamq.plan import ExpertPlan, Plan, Step, Target, Unit, aligned
 from streamq.quantized import QuantizedLinear, Scheme, encode_vector
 from streamq.savers.shard import Place, ShardWriter
 from streamq.stages import Arena, Lane, Watcher
@@ -91,7 +91,8 @@ def made(
             divided = [(t.float() / vector).to(t.dtype) for t in tensors] or target.format.encode_vector(vector)
             found += zip(output.places, divided, strict=True)
         elif output.scheme is None:
-            found += zip(output.places, tensors, strict=True)
+            kept = [t.to(TORCH_DTYPES[p.dtype]) for p, t in zip(output.places, tensors, strict=True)]
+            found += zip(output.places, kept, strict=True)
         else:
             if output.scheme not in made:
                 assert room is not None
@@ -107,8 +108,15 @@ def made(
             if (folded := output.scheme.smooth) is not None and folded.way != "layer":
                 entry = {"way": folded.way, "values": encode_vector(block.vector(folded))}
                 commit.vectors.setdefault(target.name, {})[_label(folded.group, work)] = entry
-            found += zip(output.places, [t.contiguous() for t in target.format.encode(layer)], strict=True)
+            found += zip(output.places, _encoded(layer, target, step), strict=True)
     return found
+
+
+def _encoded(layer: QuantizedLinear, target: Target, step: Step) -> list[torch.Tensor]:
+    try:
+        return [tensor.contiguous() for tensor in target.format.encode(layer, target.save)]
+    except RunError as error:
+        raise RunError(f"{step.label}: {error}") from error
 
 
 def damaged(info: TensorInfo, work: Work) -> RunError:

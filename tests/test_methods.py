@@ -15,8 +15,8 @@ from streamq.methods.activation import fake_quantize, static_input
 from streamq.methods.report import compare, output_error
 from streamq.methods.smooth import awq, exact, exact_for_norm, search_alpha, smoothquant
 from streamq.methods.statistics import InputStatistics, Wanted
+from streamq.pairs import Pair, QConfig
 from streamq.quantized import Int8Rule, Scheme
-from streamq.recipe import Pair, QConfig
 
 CPU = torch.device("cpu")
 TOKEN, TENSOR = QConfig("per_token", "int8"), QConfig("per_tensor", "int8", symmetric=False)

@@ -113,7 +113,7 @@ WRONG_VALUES: list[tuple[str, Any, tuple[str, ...]]] = [
     (f"{QCONFIG}.act.scope", "per_tokn", ("'per_tokn'", "nearest", "per_token")),
     (f"{QCONFIG}.act.scope", 3, ("3", "per_token")),
     (f"{QCONFIG}.act.scope", ["per_token"], ("per_token",)),
-    (f"{QCONFIG}.act.dtype", "int4", ("'int4'", "int8")),
+    (f"{QCONFIG}.act.dtype", "int3", ("'int3'", "int8")),
     (f"{QCONFIG}.act.symmetric", "yes", ("'yes'", "True or False")),
     (f"{QCONFIG}.act.symmetric", 1, ("1", "True or False")),
     (f"{QCONFIG}.act.symmetric", False, ("False",)),

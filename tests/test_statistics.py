@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from streamq.methods.activation import fake_quantize, static_input, static_tensors
 from streamq.methods.int8 import quantize
 from streamq.methods.statistics import InputStatistics, Wanted, spread
+from streamq.pairs import Pair, QConfig
 from streamq.quantized import Int8Rule, QuantizedLinear, Scheme, StaticInput
-from streamq.recipe import Pair, QConfig
 
 DATA = Path(__file__).parent / "data/mindie_static/layers.safetensors"
 CPU = torch.device("cpu")

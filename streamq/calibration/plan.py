@@ -34,6 +34,7 @@ from streamq.recipe import Recipe
 from streamq.wan import Expert, Model
 
 ROWS, GRAM_ROWS = 256, 2048
+SVDQUANT_ROWS = 1024  # the low-rank search is judged by rows alone
 CACHE_SHARE = 4  # of the free memory, one part
 CALIBRATED_FAMILIES = ("t2v", "i2v", "flf2v", "vace", "ti2v")
 # Resident bytes that diffusers adds to the process; measured with diffusers 0.42 on x86 Linux.
@@ -99,11 +100,7 @@ class CalibPlan:
 
 def needs_data(schemes: Mapping[str, Scheme]) -> bool:
     """Whether any layer's scheme wants inputs to be seen."""
-    return any(
-        s.smooth or s.rows or s.pair.act.scope == "per_tensor" and s.pair.act.dtype != "float"
-        or s.pair.weight.method == "gptq"
-        for s in schemes.values()
-    )  # fmt: skip
+    return any(scheme.needs_data for scheme in schemes.values())
 
 
 def plan_calibration(
@@ -138,7 +135,8 @@ def plan_calibration(
             tokens, states = tokens_of(expert.model, settings), states_len(expert.model)
             shapes[expert.name] = store.shapes_of(expert.model, head_dim, tokens, states, settings.dtype)
             samples[expert.name] = settings.num_samples
-    rows, gram_rows = chosen.get("rows", ROWS), chosen.get("gram_rows", GRAM_ROWS)
+    searched = any(s.pair.weight.method == "svdquant" for part in schemes for s in part.values())
+    rows, gram_rows = chosen.get("rows", SVDQUANT_ROWS if searched else ROWS), chosen.get("gram_rows", GRAM_ROWS)
     return CalibPlan(settings, given, shapes, samples, rows, gram_rows, next_input, in_memory=False)
 
 
@@ -203,7 +201,7 @@ def statistics_nbytes(model: Model, plan: CalibPlan, schemes: Sequence[Mapping[s
             continue
         columns = model.ffn_dim if group.name == "ffn.out" else model.dim
         total += columns * (plan.rows * size + 5 * 4)
-        if any(scheme.pair.weight.method == "gptq" for scheme in found):
+        if any(scheme.gram for scheme in found):
             total += 4 * columns * columns
     return total
 

@@ -111,7 +111,7 @@ class Replay:
                 want = Wanted(
                     mean=any(s.smooth is not None and s.smooth.method == "awq" for s in wanted),
                     histogram=any(s.pair.act.method in ("percentile", "mse") for s in wanted),
-                    gram=any(s.pair.weight.method == "gptq" for s in wanted),
+                    gram=any(s.gram for s in wanted),
                     rows=self.plan.rows,
                     gram_rows=self.plan.gram_rows,
                 )

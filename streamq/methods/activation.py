@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from streamq.methods.statistics import Histogram, InputStatistics
+from streamq.pairs import QConfig
 from streamq.quantized import QuantizedLinear, StaticInput
-from streamq.recipe import QConfig
 
 EPS = 2.0**-23  # least scale, msModelSlim's
 TOKEN_FLOOR = 1e-8  # least scale of a row; keeps a row of zeros from 0 / 0

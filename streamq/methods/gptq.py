@@ -10,6 +10,7 @@ the explicit inverse of the paper's own code, both its time and its rounding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +22,15 @@ PART_BYTES = 256 << 20  # of fp32 weight rows at once
 
 @dataclass(frozen=True)
 class GptqResult:
-    """codes: [N, K] int8 (uint8 where qmin >= 0). damping: what the factorization took, None: plain rounding."""
+    """What `gptq` made: `codes`, or with a grid of the caller's own `values`; the other one is None.
 
-    codes: Tensor
+    codes: [N, K] int8 (uint8 where qmin >= 0). values: [N, K] fp32 grid values, as `snap` returned them. damping: what
+    the factorization took, None: plain rounding.
+    """
+
+    codes: Tensor | None
     damping: float | None
+    values: Tensor | None = None
 
 
 @torch.no_grad()
@@ -40,12 +46,15 @@ def gptq(
     act_order: bool = True,
     damping: float = 0.01,
     block: int = 128,
+    snap: Callable[[Tensor], Tensor] | None = None,
 ) -> GptqResult:
     """Codes for weight [N, K] (any float dtype, computed in fp32) with gram [K, K] fp32.
 
     scales, zeros: fp32 [N, 1], or [N, K / group_size] with a group size; W ≈ (q - zero) · scale, a zero may be any
     number. act_order: columns by falling diagonal of H. damping: this share of the mean diagonal is added to it. A
     column without input (diagonal 0) is rounded plainly, and its error goes nowhere.
+    snap: rounds to a grid that is not the whole numbers from qmin to qmax, which then say nothing: fp32 w / scale, plus
+    zero, of some of the rows [n] -> q, fp32 [n], the same tensor or another. The result has `values` and no `codes`.
     If H has no factorization with up to 10^5 times the damping, all is rounded plainly and `damping` is None.
     Raises ValueError for shapes that do not fit together.
     """
@@ -65,7 +74,12 @@ def gptq(
     if factor is None:
         # All errors go nowhere: the same loop, so plain rounding here is what it is everywhere.
         factor = torch.eye(columns, device=gram.device)
-    codes = torch.empty(count, columns, dtype=torch.uint8 if qmin >= 0 else torch.int8, device=weight.device)
+    dtype = torch.float32 if snap else torch.uint8 if qmin >= 0 else torch.int8
+    filled = torch.empty(count, columns, dtype=dtype, device=weight.device)
+
+    def whole(q: Tensor) -> Tensor:
+        return q.round_().clamp_(qmin, qmax)
+
     step = max(1, PART_BYTES // (4 * columns))
     for start in range(0, count, step):
         part = slice(start, start + step)
@@ -73,9 +87,9 @@ def gptq(
         left = weight[part].float().T[order].contiguous()
         which = order // size
         offset = None if zeros is None else zeros[part].T
-        made = _round_part(left, factor, scales[part].T, offset, which, qmin, qmax, block)
-        codes[part, order] = made.T.to(codes.dtype)
-    return GptqResult(codes, used)
+        made = _round_part(left, factor, scales[part].T, offset, which, snap or whole, block)
+        filled[part, order] = made.T.to(dtype)
+    return GptqResult(None, used, filled) if snap else GptqResult(filled, used)
 
 
 def _round_part(
@@ -84,11 +98,10 @@ def _round_part(
     scales: Tensor,
     zeros: Tensor | None,
     which: Tensor,
-    qmin: int,
-    qmax: int,
+    snap: Callable[[Tensor], Tensor],
     block: int,
 ) -> Tensor:
-    """left [K, n]: the columns of W still to be rounded, overwritten with codes. scales, zeros [groups, n]."""
+    """left [K, n]: the columns of W still to be rounded, overwritten with grid values. scales, zeros [groups, n]."""
     columns, n = left.shape
     errors = torch.empty(min(block, columns), n, device=left.device)
     groups = which.tolist()
@@ -99,7 +112,7 @@ def _round_part(
             q = torch.div(w, scale)
             if zeros is not None:
                 q += zeros[groups[i]]
-            q.round_().clamp_(qmin, qmax)
+            q = snap(q)
             value = q.clone() if zeros is None else q - zeros[groups[i]]
             error = torch.sub(w, value.mul_(scale), out=errors[i - start]).div_(factor[i, i])
             if i + 1 < end:

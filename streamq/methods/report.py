@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from streamq.methods import fourbit
 from streamq.methods.activation import fake_quantize
+from streamq.pairs import QConfig
 from streamq.quantized import QuantizedLinear
-from streamq.recipe import QConfig
 
 TILE_BYTES = 32 << 20
+WEIGHT_TILE_BYTES = 4 << 20
 
 
 class _Sums:
@@ -50,20 +54,52 @@ def compare(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 
 @torch.no_grad()
+def weight_error(weight: Tensor, layer: QuantizedLinear) -> tuple[float, float]:
+    """(relative error, cosine) of `layer.effective()` against weight [out, in] of any float dtype, tile by tile."""
+    # Row norms: of the weight, of what it became, and of the difference.
+    a, b, lost = (torch.empty(weight.shape[0], device=weight.device) for _ in range(3))
+    for part in _tiles(weight, WEIGHT_TILE_BYTES):
+        w, made = weight[part].float(), layer.effective(part)
+        for kept, value in ((a, w), (b, made), (lost, w - made)):
+            torch.linalg.vector_norm(value, dim=1, out=kept[part])
+    if not torch.isfinite(lost).all():  # squares beyond fp32: once more, in double
+        a, b, lost = (t.cpu().double() for t in (a, b, lost))
+        for part in _tiles(weight, WEIGHT_TILE_BYTES):
+            # On the host: an accelerator may have no fp64, and this happens to no sane weight.
+            w, made = (t.cpu().double() for t in (weight[part], layer.effective(part)))
+            for kept, value in ((a, w), (b, made), (lost, w - made)):
+                kept[part] = value.norm(dim=1)
+    norms = (float(t.cpu().double().square().sum()) for t in (a, b, lost))
+    return relative_and_cosine(*norms)
+
+
+@torch.no_grad()
 def output_error(x_rows: Tensor, weight: Tensor, layer: QuantizedLinear, act: QConfig) -> tuple[float, float]:
     """(relative error, cosine) of the quantized layer's output against x W^T, without the bias, in fp32.
 
     x_rows [m, in], weight [out, in]: the source's own, of any float dtype. The layer's output is fake_quantize(x /
-    smooth) · dequantized^T, times `rows` where the layer has them. Goes through in tiles of output rows.
+    smooth) · dequantized^T, with 4-bit activations as the kernels round them, plus the low-rank branch of x itself,
+    times `rows`, where the layer has these. Sums and their results are not rounded to half precision, as they are in
+    the kernels. Goes through in tiles of output rows.
     """
-    x = x_rows.float()
-    fed = fake_quantize(x if layer.smooth is None else x / layer.smooth, act, layer.static)
+    x, branch = x_rows.float(), layer.low_rank
+    smoothed = x if layer.smooth is None else x / layer.smooth
+    if act.dtype in fourbit.GROUP:
+        fed = fourbit.fake_quantize_input(smoothed, act.dtype)
+    else:
+        fed = fake_quantize(smoothed, act, layer.static)
+    inner = None if branch is None else x @ branch.down.float().T
     sums = _Sums()
-    step = max(1, TILE_BYTES // (4 * weight.shape[1]))
-    for start in range(0, weight.shape[0], step):
-        part = slice(start, start + step)
-        made = fed @ layer.codes[part].float().mul_(layer.scales[part]).T
+    for part in _tiles(weight, TILE_BYTES):
+        made = fed @ layer.dequantize(part).T
+        if branch is not None and inner is not None:
+            made.addmm_(inner, branch.up[part].float().T)
         if layer.rows is not None:
             made.mul_(layer.rows[part])
         sums.add(x @ weight[part].float().T, made)
     return sums.result()
+
+
+def _tiles(weight: Tensor, size: int) -> Iterator[slice]:
+    step = max(1, size // (4 * weight.shape[1]))
+    return (slice(start, start + step) for start in range(0, weight.shape[0], step))

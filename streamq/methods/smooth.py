@@ -15,7 +15,7 @@ from torch import Tensor
 
 from streamq.methods.activation import fake_quantize, static_input
 from streamq.methods.statistics import InputStatistics
-from streamq.recipe import QConfig
+from streamq.pairs import QConfig
 
 ALPHAS = tuple(i / 20 for i in range(21))
 RATIOS = tuple(i / 20 for i in range(20))

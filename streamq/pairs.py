@@ -1,0 +1,84 @@
+"""What a recipe says about one layer, the type that this makes, and what no runtime has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class QConfig:
+    """How one operand (activation or weight) of a linear layer is quantized."""
+
+    scope: str
+    dtype: str
+    symmetric: bool = True
+    method: str = "minmax"
+    ext: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Activation and weight of one layer: what a recipe says about it."""
+
+    act: QConfig
+    weight: QConfig
+
+    @property
+    def type(self) -> str | None:
+        """The quantization type (`w8a8`, …), or None for a pair that no runtime of streamq's has."""
+        scopes = {"int8": ("per_channel", "per_tensor"), "int4": ("per_group",), "nvfp4": ("per_group",)}
+        if self.weight.scope not in scopes.get(self.weight.dtype, ("per_block",)):
+            return None
+        return _TYPES.get((self.act.scope if self.act.dtype != "float" else "", self.act.dtype, self.weight.dtype))
+
+
+_TYPES = {
+    ("per_token", "int8", "int8"): "w8a8",
+    ("per_tensor", "int8", "int8"): "w8a8_static",
+    ("", "float", "int8"): "w8a16",
+    ("per_group", "int4", "int4"): "w4a4",
+    ("per_group", "nvfp4", "nvfp4"): "w4a4_nvfp4",
+    ("", "float", "int4"): "w4a16",
+    ("per_block", "mxfp8", "mxfp8"): "w8a8_mxfp8",
+    ("per_block", "mxfp4", "mxfp4"): "w4a4_mxfp4",
+}
+
+
+def fault(pair: Pair) -> tuple[str, str] | None:
+    """(key below `qconfig`, what is wrong with it) of a pair that has a type; None if it can be worked with."""
+    weight, act = pair.weight, pair.act
+    if weight.dtype == "int8":
+        return _int8_fault(pair)
+    if weight.dtype not in ("int4", "nvfp4"):
+        return None
+    methods = ("minmax", "mse", "gptq") if pair.type == "w4a16" else ("minmax", "svdquant")
+    if weight.method not in methods:
+        return "weight.method", f"{weight.method!r}; {pair.type} has {', '.join(methods)}"
+    if weight.symmetric == (pair.type == "w4a16"):
+        return "weight.symmetric", f"{weight.symmetric}; the runtime's {pair.type} has {not weight.symmetric}"
+    if not act.symmetric:
+        return "act.symmetric", "False; activations in groups are symmetric in the runtime"
+    if act.dtype != "float" and act.method != "minmax":
+        return "act.method", f"{act.method!r}; the runtime takes each group's own range, minmax"
+    rank = dict(weight.ext).get("rank", 16)
+    if rank % 16:
+        return "weight.ext.rank", f"{rank}; a multiple of 16, which the kernels' tiles are"
+    return None
+
+
+def _int8_fault(pair: Pair) -> tuple[str, str] | None:
+    weight, act = pair.weight, pair.act
+    if not weight.symmetric:
+        return "weight.symmetric", "False; int8 weights are symmetric in every supported runtime"
+    if pair.type == "w8a8" and not act.symmetric:
+        return "act.symmetric", "False; per-token activations are symmetric in the runtimes"
+    if weight.method not in ("minmax", "mse", "gptq"):
+        return "weight.method", f"{weight.method!r}; int8 weights have minmax, mse, gptq"
+    if weight.method == "gptq" and weight.scope != "per_channel":
+        return "weight.scope", f"{weight.scope!r}; gptq has a scale per_channel"
+    if "weighted" in dict(weight.ext):
+        return "weight.ext.weighted", "only for int4; int8 rows are clipped by their own error"
+    if act.method in ("percentile", "mse") and act.scope != "per_tensor":
+        return "act.method", f"{act.method!r}; only for per_tensor, which is static"
+    return None
