@@ -151,7 +151,7 @@ def _options(args: argparse.Namespace) -> QuantOptions:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from streamq import display
+    from streamq import cost, display
     from streamq.journal import discardable
     from streamq.plan import check_disk
     from streamq.planner import make_plan
@@ -159,7 +159,7 @@ def _plan(args: argparse.Namespace) -> int:
     plan = make_plan(_options(args), download=False)
     check_disk(plan, freed=sum(path.lstat().st_size for path in discardable(plan.options.save_path)))
     if args.json:
-        print(json.dumps(plan.to_json(), indent=1))
+        print(json.dumps(plan.to_json() | cost.to_json(plan), indent=1))
         return 0
     display.warn(plan.warnings)
     display.show_plan(plan)

@@ -17,11 +17,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from streamq import cost
 from streamq.calibration.prepare import Outlook
 from streamq.calibration.settings import CalibSettings
 from streamq.calibration.store import CalibSet
 from streamq.device import Device
-from streamq.errors import format_bytes
+from streamq.errors import format_bytes, format_duration
 from streamq.journal import Commit
 from streamq.plan import Plan, Unit
 
@@ -157,6 +158,10 @@ def _calibration_lines(plan: Plan) -> list[str]:
         found.append(f"calibration: {whose}{count} samples of {shapes.tokens:,} tokens in {shapes.dtype}")
     size = max(chosen.cache_nbytes(expert.name) for expert in experts)
     where = "in memory and on disk" if chosen.in_memory else "on disk"
+    speed = cost.speed_of(plan.device_kind)
+    how = "measured now" if speed.measured else "assumed"
+    seconds = cost.run_work(plan).seconds(speed)
+    found.append(f"about {format_duration(seconds)} of computing, at {speed.flops / 1e9:,.0f} GFLOP/s ({how})")
     source = f"inputs of {chosen.given.path}" if chosen.given else "inputs made by this run"
     found.append(
         f"{source}; {chosen.flops(experts) / 1e15:.3g} PFLOP of block forwards;"

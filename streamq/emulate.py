@@ -49,7 +49,7 @@ def forward(x: Tensor, layer: QuantizedLinear, *, half_accumulation: bool = Fals
             _awq(flat[part], layer, y[part])
         else:
             _svdq(flat[part], layer, y[part], half_accumulation and kind == "w4a4")
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 def _svdq(x: Tensor, layer: QuantizedLinear, y: Tensor, half_accumulation: bool) -> None:

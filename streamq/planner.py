@@ -62,7 +62,7 @@ def make_plan(options: QuantOptions, *, download: bool) -> Plan:
     elif options.calib:
         builder.warnings.append(f"--calib {options.calib}: not used, this recipe needs no data")
     parts = tuple(builder.expert(expert, placed[expert.name], calibration is not None) for expert in experts)
-    replay = _replay_nbytes(parts, calibration, schemes)
+    replay = _replay_nbytes(parts, calibration, schemes, kind)
     arena, room = _arena_nbytes(parts, options, kind, calibration, replay)
     cache, making = 0, (0, 0)
     if calibration is not None:
@@ -110,7 +110,7 @@ def _calibration_warnings(calibration: CalibPlan, schemes: list[dict[str, Scheme
 
 
 def _replay_nbytes(
-    parts: tuple[ExpertPlan, ...], calibration: CalibPlan | None, schemes: list[dict[str, Scheme]]
+    parts: tuple[ExpertPlan, ...], calibration: CalibPlan | None, schemes: list[dict[str, Scheme]], kind: str
 ) -> int:
     """What a replay takes on the device besides the block as it lies in the checkpoint."""
     if calibration is None:
@@ -124,9 +124,9 @@ def _replay_nbytes(
             for u in part.units
             if u.replayed
         ]
-        forward = calibrations.activation_nbytes(model, shapes) + max(cast)
+        forward = calibrations.activation_nbytes(model, shapes, kind) + max(cast)
         statistics = calibrations.statistics_nbytes(model, calibration, schemes)
-        most = max(most, statistics + max(forward, calibrations.method_nbytes(model, schemes)))
+        most = max(most, statistics + max(forward, calibrations.method_nbytes(model, calibration, schemes)))
     return most
 
 

@@ -147,6 +147,51 @@ def test_parts_of_rows_and_source_dtypes_change_nothing(monkeypatch: pytest.Monk
         gptq(w, torch.eye(63), scale)
 
 
+# --- grids of the caller's own ---
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+GRID = torch.cat((-E2M1.flip(0), E2M1[1:]))
+
+
+def nearest(q: torch.Tensor) -> torch.Tensor:
+    return GRID[(q.unsqueeze(-1) - GRID).abs().argmin(-1)]
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_snap_of_whole_numbers_is_plain_gptq(in_place: bool, groups: int) -> None:
+    x = inputs()
+    w, gram = torch.randn(12, 64), x.T @ x
+    parts = w.unflatten(1, (groups, -1))
+    scales = (parts.amax(2) - parts.amin(2)) / 15
+    zeros = -parts.amin(2) / scales
+
+    def snap(q: torch.Tensor) -> torch.Tensor:
+        assert q.dtype == torch.float32 and q.dim() == 1
+        return q.round_().clamp_(0, 15) if in_place else q.round().clamp(0, 15)
+
+    for zero in (zeros, None):
+        plain = gptq(w, gram, scales, zero, group_size=64 // groups, qmin=0, qmax=15)
+        mine = gptq(w, gram, scales, zero, group_size=64 // groups, snap=snap)
+        assert plain.codes is not None and mine.values is not None and plain.values is mine.codes is None
+        assert mine.values.dtype == torch.float32 and torch.equal(mine.values, plain.codes.float())
+        assert mine.damping == plain.damping == 0.01
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_snap_to_e2m1(act_order: bool) -> None:
+    x = inputs()
+    w, gram = torch.randn(24, 64), x.T @ x
+    scales = w.unflatten(1, (4, 16)).abs().amax(2) / 6
+    wide = scales.repeat_interleave(16, dim=1)
+    made = gptq(w, gram, scales, group_size=16, act_order=act_order, snap=nearest)
+    assert made.values is not None and torch.isin(made.values, GRID).all() and made.values.abs().max() == 6
+    assert objective(w - made.values * wide, gram) < 0.8 * objective(w - nearest(w / wide) * wide, gram)
+    hopeless = gptq(w, torch.full((64, 64), float("nan")), scales, group_size=16, snap=nearest)
+    assert hopeless.damping is None and hopeless.values is not None
+    assert torch.equal(hopeless.values, nearest(w / wide))
+
+
 # --- int4 ---
 
 

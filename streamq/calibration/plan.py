@@ -35,6 +35,7 @@ from streamq.wan import Expert, Model
 
 ROWS, GRAM_ROWS = 256, 2048
 SVDQUANT_ROWS = 1024  # the low-rank search is judged by rows alone
+TILES = 64 * MiB  # of weight rows and their products
 CACHE_SHARE = 4  # of the free memory, one part
 CALIBRATED_FAMILIES = ("t2v", "i2v", "flf2v", "vace", "ti2v")
 # Resident bytes that diffusers adds to the process; measured with diffusers 0.42 on x86 Linux.
@@ -174,18 +175,21 @@ def settings_of(chosen: Mapping[str, Any]) -> CalibSettings:
     return settings
 
 
-def activation_nbytes(model: Model, shapes: Shapes) -> int:
-    """Most bytes of intermediate tensors during one forward of one block.
+def activation_nbytes(model: Model, shapes: Shapes, kind: str) -> int:
+    """Most bytes of intermediate tensors during one forward of one block on a kind of device.
 
     In the FFN: x, its fp32 normalised copy, the modulated input, and the hidden layer before and after GELU; in
-    attention: q, k, v in the compute dtype, and rotary's fp32 copies of two of them. Their sum, because a C library
-    mostly keeps what attention has given back; in bf16 two copies of the widest weight, as matrix kernels repack it.
-    Fitted to measured peaks of 1,344 to 7,800 tokens at width 1536.
+    attention: q, k, v in the compute dtype, and rotary's fp32 copies of two of them. On a CPU their sum, because a C
+    library mostly keeps what attention has given back, and in bf16 two copies of the widest weight, as matrix kernels
+    repack it; fitted to measured peaks of 1,344 to 7,800 tokens at width 1536. An accelerator's allocator gives one's
+    memory to the other: the larger of the two.
     """
     length, dim, ffn, size = shapes.tokens, model.dim, model.ffn_dim, 2 if shapes.dtype == "BF16" else 4
     feed = length * (dim * (2 * size + 8) + 2 * ffn * size)
     attention = length * dim * (5 * size + 16)
     context = 3 * shapes.states_len * dim * size
+    if kind != "cpu":
+        return max(feed, attention) + context
     repacked = 2 * ffn * dim * size if size == 2 else 0
     return feed + attention + context + repacked
 
@@ -206,14 +210,21 @@ def statistics_nbytes(model: Model, plan: CalibPlan, schemes: Sequence[Mapping[s
     return total
 
 
-def method_nbytes(model: Model, schemes: Sequence[Mapping[str, Scheme]]) -> int:
-    """Most bytes of temporaries while one layer is worked on: GPTQ's copies of the weight and of the Hessian."""
-    columns, most = model.ffn_dim, 0
-    for scheme in (s for part in schemes for s in part.values()):
-        widest = max(model.ffn_dim, model.dim) * model.dim
-        most = max(most, widest * (1 + (12 if scheme.pair.weight.method == "gptq" else 0)))
-        if scheme.pair.weight.method == "gptq":
-            most = max(most, widest * 13 + 4 * 4 * columns * columns)
+def method_nbytes(model: Model, plan: CalibPlan, schemes: Sequence[Mapping[str, Scheme]]) -> int:
+    """Most bytes of temporaries while one layer is worked on: searches, and GPTQ's copies of weight and Hessian."""
+    most = 0
+    shapes = {linear.name: linear.weight.shape for linear in model.linears}
+    for name, scheme in ((n, s) for part in schemes for n, s in part.items() if n in shapes):
+        count, columns = shapes[name]
+        weights, weight = count * columns, scheme.pair.weight
+        need = weights
+        if scheme.type in ("w4a4", "w4a4_nvfp4"):
+            together = sum(shapes[layer][0] for layer in (scheme.smooth.layers if scheme.smooth else (name,)))
+            rank = int(dict(weight.ext).get("rank", 32)) + 8
+            need = weights * 6 + plan.rows * (8 * columns + 4 * together) + 4 * (count + 3 * columns) * rank + TILES
+        if scheme.gram:
+            need += weights * 12 + 4 * 4 * columns * columns
+        most = max(most, need)
     return most
 
 

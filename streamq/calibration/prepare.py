@@ -229,7 +229,7 @@ def outlook(settings: CalibSettings, experts: Sequence[Expert], parts: Parts, ki
     weights = max(_weights_nbytes(expert.model, settings) for expert in experts)
     active = _stem_nbytes(model, shapes)
     if settings.mode == "trajectory":
-        active += activation_nbytes(model, shapes)
+        active += activation_nbytes(model, shapes, kind)
     on_device = weights + active + streams
     host = HOST_BASE[kind] + DIFFUSERS_BASE
     return Outlook(

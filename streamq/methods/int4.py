@@ -118,7 +118,7 @@ def _importance(gram: Tensor | None, stats: InputStatistics | None) -> Tensor:
     elif stats is not None and len(stats.rows):
         squares = torch.zeros(stats.columns, device=stats.device)
         for tile in stats.rows.split(TILE_ROWS):
-            squares += tile.float().square_().sum(dim=0)
+            squares += tile.float().square().sum(dim=0)
     else:
         raise ValueError("a weighted mse needs kept rows of the layer's input")
     mean = squares.mean()
@@ -129,7 +129,7 @@ def _importance(gram: Tensor | None, stats: InputStatistics | None) -> Tensor:
 def _searched(w: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and offset of least squared error in each group, weighted by share [groups, g]."""
     low, high = _ends(w)
-    span = high - low
+    span = (high - low).clamp_max_(torch.finfo(torch.float32).max)  # a share of 0 must be 0
     best: Fit | None = None
     for up, down in product(ENDS, ENDS):  # the range itself first: of equals it stays
         best = _better(best, w, *_stored(low + span * up, high - span * down), share)
@@ -161,7 +161,8 @@ def _stored(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     zero = torch.where(low.isfinite(), zero.clamp_min_(torch.finfo(HALF).min), low)
     # Halves: the whole difference may be beyond fp32.
     scale = (high * 0.5).sub_(zero * 0.5).div_(torch.full((), 7.5, device=low.device))
-    scale = torch.maximum(scale, zero.abs() * LEAST_STEP).clamp_max_(MOST_STEP).to(HALF).float()
+    scale = torch.maximum(scale, zero.abs() * LEAST_STEP)
+    scale = torch.where(high.isfinite(), scale.clamp_max(MOST_STEP), scale).to(HALF).float()
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     return scale, -zero / scale
 
