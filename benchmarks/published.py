@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-GROUPS = (
+GROUPS: tuple[tuple[str, ...], ...] = (
     ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
     ("attn1.to_out.0",),
     ("attn2.to_q",),
@@ -206,7 +206,12 @@ class BlockAtWork:
     rotary: tuple[Tensor, Tensor]
 
     def linears(self, names: Sequence[str]) -> dict[str, nn.Linear]:
-        return {name: self.module.get_submodule(name) for name in names}
+        found = {}
+        for name in names:
+            linear = self.module.get_submodule(name)
+            assert isinstance(linear, nn.Linear), name
+            found[name] = linear
+        return found
 
     def judge(self, group: tuple[str, ...], names: Sequence[str]) -> Callable[[dict[str, Layer]], float]:
         """How far off layers are, as a sum of squared errors: of the whole attention's output, or of theirs."""
@@ -239,7 +244,7 @@ def in_place_of(module: nn.Module, layers: dict[str, Any]) -> Iterator[None]:
             module.set_submodule(name, linear)
 
 
-def walk(model: nn.Module, samples: Sequence[Sample]) -> Iterator[BlockAtWork]:
+def walk(model: Any, samples: Sequence[Sample]) -> Iterator[BlockAtWork]:
     """One pass: every float block with the inputs of its groups."""
     hidden = [sample.hidden for sample in samples]
     for number, block in enumerate(model.blocks):
@@ -265,7 +270,7 @@ Layers = dict[str, Layer]
 
 
 @torch.no_grad()
-def find_smoothing(model: nn.Module, samples: Sequence[Sample], setting: Setting) -> Vectors:
+def find_smoothing(model: Any, samples: Sequence[Sample], setting: Setting) -> Vectors:
     """Pass 1."""
     found: Vectors = {}
     for block in walk(model, samples):
@@ -285,7 +290,7 @@ def find_smoothing(model: nn.Module, samples: Sequence[Sample], setting: Setting
 
 
 @torch.no_grad()
-def find_branches(model: nn.Module, samples: Sequence[Sample], vectors: Vectors, setting: Setting) -> Layers:
+def find_branches(model: Any, samples: Sequence[Sample], vectors: Vectors, setting: Setting) -> Layers:
     """Pass 2, and what passes 3 and 4 make of it where rounding is plain."""
     found: Layers = {}
     for block in walk(model, samples):
@@ -306,7 +311,7 @@ def find_branches(model: nn.Module, samples: Sequence[Sample], vectors: Vectors,
 
 
 @torch.no_grad()
-def round_by_gptq(model: nn.Module, samples: Sequence[Sample], layers: Layers) -> Layers:
+def round_by_gptq(model: Any, samples: Sequence[Sample], layers: Layers) -> Layers:
     """Pass 4 with GPTQ: the same layers with other codes."""
     found: Layers = {}
     for block in walk(model, samples):

@@ -66,7 +66,7 @@ FLOAT = "bf16, nothing quantized"
 
 def recipes() -> dict[str, str]:
     """streamq's rows."""
-    found = {}
+    found: dict[str, str] = {}
     for kind, precision in (("w4a4", "int4"), ("w4a4_nvfp4", "nvfp4")):
         found |= {
             f"{kind}: round to nearest": HEAD + FOUR.format(precision, PLAIN),
@@ -261,7 +261,7 @@ def run(name: str, pipeline: Path, sets: Path) -> dict[str, dict[str, float]]:
 
 
 def markdown(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """Errors on both models; seconds and memory of the second, which differ little."""
+    """Errors on both models; seconds and memory on the second, from which those on the first differ little."""
     lines = [
         "| | output, as trained | output, outlier channels | last block, as trained | last block, outlier channels"
         " | seconds | peak over import |",
@@ -269,7 +269,7 @@ def markdown(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     ]
     for name, row in table.items():
         cells = [f"{row[column][key]:.2%}" for key in ("output", "blocks") for column in COLUMNS if column in row]
-        cost = row[next(reversed(row))]
+        cost = list(row.values())[-1]
         spent = [f"{cost['seconds']:.1f}", f"{cost['over_import'] / 2**20:.0f} MiB"] if "seconds" in cost else ["", ""]
         lines.append(f"| {name} | {' | '.join(cells + spent)} |")
     return "\n".join(lines)

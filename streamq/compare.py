@@ -14,6 +14,7 @@ from streamq import outputs, wan
 from streamq.checkpoint import Checkpoint, Source, TensorInfo
 from streamq.device.cpu import host_bytes
 from streamq.dtypes import TORCH_DTYPES
+from streamq.emulate import forward
 from streamq.methods.report import compare as compared
 from streamq.quantized import QuantizedLinear, decode_vector
 from streamq.savers.shard import HASH_CHUNK
@@ -121,8 +122,6 @@ def _layer(pair: _Pair, linear: wan.Linear, limit: float, known: bool) -> dict[s
 
 def _emulated(weight: Tensor, layer: QuantizedLinear) -> dict[str, float]:
     """Error of what the runtime computes from the packed tensors, on seeded noise as large as the layer expects it."""
-    from streamq.emulate import forward  # TEMPORARY
-
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(EMULATED_ROWS, weight.shape[1], generator=generator)
     x = (x if layer.smooth is None else x * layer.smooth).bfloat16()

@@ -126,7 +126,7 @@ def _replay_nbytes(
         ]
         forward = calibrations.activation_nbytes(model, shapes, kind) + max(cast)
         statistics = calibrations.statistics_nbytes(model, calibration, schemes)
-        most = max(most, statistics + max(forward, calibrations.method_nbytes(model, calibration, schemes)))
+        most = max(most, statistics + max(forward, calibrations.method_nbytes(model, calibration, schemes, kind)))
     return most
 
 

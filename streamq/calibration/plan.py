@@ -35,7 +35,8 @@ from streamq.wan import Expert, Model
 
 ROWS, GRAM_ROWS = 256, 2048
 SVDQUANT_ROWS = 1024  # the low-rank search is judged by rows alone
-TILES = 64 * MiB  # of weight rows and their products
+# What svdquant, low_rank and gptq take at once (their TILE_BYTES and PART_BYTES), and the side up to which it is exact.
+CPU_TILE, DEVICE_TILE, GPTQ_PART, EXACT_SIDE = 10 * MiB, 64 * MiB, 256 * MiB, 256
 CACHE_SHARE = 4  # of the free memory, one part
 CALIBRATED_FAMILIES = ("t2v", "i2v", "flf2v", "vace", "ti2v")
 # Resident bytes that diffusers adds to the process; measured with diffusers 0.42 on x86 Linux.
@@ -210,22 +211,38 @@ def statistics_nbytes(model: Model, plan: CalibPlan, schemes: Sequence[Mapping[s
     return total
 
 
-def method_nbytes(model: Model, plan: CalibPlan, schemes: Sequence[Mapping[str, Scheme]]) -> int:
+def method_nbytes(model: Model, plan: CalibPlan, schemes: Sequence[Mapping[str, Scheme]], kind: str) -> int:
     """Most bytes of temporaries while one layer is worked on: searches, and GPTQ's copies of weight and Hessian."""
     most = 0
     shapes = {linear.name: linear.weight.shape for linear in model.linears}
     for name, scheme in ((n, s) for part in schemes for n, s in part.items() if n in shapes):
         count, columns = shapes[name]
         weights, weight = count * columns, scheme.pair.weight
-        need = weights
-        if scheme.type in ("w4a4", "w4a4_nvfp4"):
-            together = sum(shapes[layer][0] for layer in (scheme.smooth.layers if scheme.smooth else (name,)))
-            rank = int(dict(weight.ext).get("rank", 32)) + 8
-            need = weights * 6 + plan.rows * (8 * columns + 4 * together) + 4 * (count + 3 * columns) * rank + TILES
-        if scheme.gram:
-            need += weights * 12 + 4 * 4 * columns * columns
+        if weight.method == "svdquant":
+            layers = scheme.smooth.layers if scheme.smooth else (name,)
+            need = _svdquant_nbytes(scheme, count, columns, sum(shapes[layer][0] for layer in layers), plan.rows, kind)
+        else:
+            need = weights + (weights * 12 + 4 * 4 * columns * columns if scheme.gram else 0)
         most = max(most, need)
     return most
+
+
+def _svdquant_nbytes(scheme: Scheme, count: int, columns: int, together: int, rows: int, kind: str) -> int:
+    """As `streamq.methods.svdquant` says of itself, and a plainly rounded layer to compare with.
+
+    count, columns: of the layer; together: rows of all the layers that share its smoothing vector.
+    """
+    weights, ext = count * columns, dict(scheme.pair.weight.ext)
+    rank, group = int(ext.get("rank", 32)) + 8, 64 if scheme.type == "w4a4" else 16
+    tile = (CPU_TILE if kind == "cpu" else DEVICE_TILE) // columns * (8 * columns + rows)
+    seen = 8 * rows * columns + 28 * rank * (count + columns)
+    branch = 4 * weights + seen + 4 * rows * count
+    if ext.get("gptq"):
+        rounding = (8 if group == 16 else 5) * weights + 8 * columns**2 + 2 * GPTQ_PART
+        branch = max(branch, 4 * weights + 16 * columns**2, rounding)
+    if min(count, columns) <= EXACT_SIDE or ext.get("svd") == "exact":
+        branch += 16 * weights + 24 * min(count, columns) ** 2
+    return weights + tile + 4 * weights // group + max(branch, seen + 4 * rows * together)
 
 
 def fits_in_memory(nbytes: int, room: int | None) -> bool:

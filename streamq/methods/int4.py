@@ -38,8 +38,6 @@ ENDS = (0.0, -0.04, 0.04, 0.08, 0.12, 0.16)
 REFITS = 3
 # Of the mean importance, added to each column's: other prompts than those calibrated on use other columns.
 LEAST_IMPORTANCE = 0.1
-# A step that is smaller against its zero is lost in their sum.
-LEAST_STEP = 2.0**-20
 MOST_STEP = 2.0**124  # 15 of them are still an fp32 number
 _FRACTION = 0xFFFF  # bits of a float32 that a bfloat16 lacks
 
@@ -149,7 +147,7 @@ def _refit(w: Tensor, scale: Tensor, offset: Tensor, share: Tensor) -> tuple[Ten
     slope = (codes * share).mul_(w - middle).sum(dim=2, keepdim=True)
     slope = slope.div_(codes.square_().mul_(share).sum(dim=2, keepdim=True)).to(HALF).float()
     zero = (middle - slope * centre).to(HALF).float()
-    fits = (slope > zero.abs() * LEAST_STEP) & (slope <= MOST_STEP) & zero.isfinite()  # one code only: NaN
+    fits = (slope > 0) & (slope <= MOST_STEP) & zero.isfinite()  # of one code only: NaN
     return torch.where(fits, slope, scale), torch.where(fits, -zero / slope, offset)
 
 
@@ -161,7 +159,6 @@ def _stored(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     zero = torch.where(low.isfinite(), zero.clamp_min_(torch.finfo(HALF).min), low)
     # Halves: the whole difference may be beyond fp32.
     scale = (high * 0.5).sub_(zero * 0.5).div_(torch.full((), 7.5, device=low.device))
-    scale = torch.maximum(scale, zero.abs() * LEAST_STEP)
     scale = torch.where(high.isfinite(), scale.clamp_max(MOST_STEP), scale).to(HALF).float()
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     return scale, -zero / scale

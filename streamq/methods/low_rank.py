@@ -4,6 +4,15 @@ exact: eigenvectors of the smaller Gram matrix, in fp64 on the host; as good as 
 one. randomised: subspace iteration (Halko, Martinsson, Tropp 2011, arXiv 0909.4061) with 8 directions to spare, from a
 fixed random start or from where a similar matrix ended. Each round is one pass over M; what is decomposed are matrices
 of R + 8 columns, in fp64 on the host.
+
+Measured on matrices like Wan's weights (a slowly falling spectrum, hot columns), R = 32, one CPU core; excess: of the
+error ‖M - up · down‖ above the exact one's.
+
+    sides    exact   8 rounds   excess after 2, 4, 8 rounds     a round from the factors of the residual before
+    256      0.01 s  0.003 s    1.6 %    0.2 %    0.01 %        7e-8
+    1024     0.35 s  0.03 s     0.1 %    0.001 %  < 1e-8        < 1e-8
+    2048     3.5 s   0.11 s     0.9 %    0.06 %   0.001 %       2e-9
+    5120     47 s    0.70 s     2.1 %    0.4 %    0.05 %
 """
 
 from __future__ import annotations
@@ -12,7 +21,7 @@ import torch
 from torch import Tensor
 
 OVERSAMPLING = 8
-EXACT_UP_TO = 512  # of the smaller side, for `auto`
+EXACT_UP_TO = 256  # of the smaller side, for `auto`
 COLD_ROUNDS, WARM_ROUNDS = 8, 2
 SVD = ("auto", "exact", "randomised")
 CPU_TILE_BYTES, DEVICE_TILE_BYTES = 10 << 20, 64 << 20  # of fp32 rows: small enough for a cache, large for a product
@@ -32,8 +41,8 @@ def factors(
 
     columns: [K] fp32, by which the matrix's columns are multiplied first; no product of its size is made unless exact.
     down has orthonormal rows, by falling singular value; up carries those values. basis: orthonormal, for the next
-    `start` [K, r]. rounds: of subspace iteration; default 8, or 2 from a start. svd: one of SVD; auto is exact while
-    the smaller side is at most 512. Deterministic. Raises ValueError for another `svd`, or a rank above either side.
+    `start` [K, r], r >= R. rounds: of subspace iteration; default 8, or 2 from a start. svd: one of SVD; auto is exact
+    while the smaller side is at most 256. Deterministic. Raises ValueError for another `svd`, or a rank above a side.
     """
     if svd not in SVD:
         raise ValueError(f"svd {svd!r}; have {', '.join(SVD)}")

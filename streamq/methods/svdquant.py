@@ -4,12 +4,19 @@
 
 The algorithm is mit-han-lab/deepcompressor's, layer by layer on rows of the float model's inputs. S comes from a search
 over exponents of the ranges of x and W; U and D from turns of factors of W · S - Q and rounding of W · S - U D, which
-leaves 22 to 28 % less output error than the first turn. What is judged is what is stored and how Nunchaku's kernels
-compute with it: S, U and D / S in bf16, the residual taken against those.
+leaves 13 to 16 % less output error than the first turn (on the toy model, for prompts that calibration has not seen).
+What is judged is what is stored and how Nunchaku's kernels compute with it: S, U and D / S in bf16, the residual taken
+against those.
 
-Weights go through in tiles of rows. For a weight [N, K], m rows and rank R, in bytes: a search holds 8 m K + 4 m N
-(all N of the group) + 4 (N + 3 K) (R + 8) and a tile, `quantize` 4 N K more (and N K for codes that nobody gave it,
-4 N K / group for scales). GPTQ then holds 4 N K (twice that with nvfp4), 4 K² for H, and what `gptq` takes.
+Weights go through in tiles of T rows, of low_rank.CPU_TILE_BYTES or DEVICE_TILE_BYTES in fp32. Peak of memory in bytes
+beside what the caller holds, for m rows, r = R + 8 and groups of G columns:
+
+    search     8 m K + 4 m (N of all weights) + 4 r (K of all weights) + 28 r (N + K) + 4 T (8 K + m)
+    quantize   4 N K / G, N K without `out`, 4 T (8 K + m), and the larger of
+      branch   4 N K + 8 m K + 4 m N + 28 r (N + K)
+      GPTQ     4 N K + 16 K², then 8 N K (int4: 5 N K) + 8 K² + two of gptq.PART_BYTES, or 8 N K where that is less
+
+Without a branch there is neither of the two. `exact` factors take 16 N K + 24 min(N, K)² more, on the host.
 """
 
 from __future__ import annotations
@@ -112,7 +119,7 @@ def search(
         raise ValueError("a smoothing search needs kept input rows, and there are none")
     x = kept[spread(rows or len(kept), len(kept), 0).to(kept.device)].float()
     smooths = candidates(stats.amax, column_amax(weights), settle)
-    outputs = [_outputs(weight, x) for weight in weights]
+    floats = [outputs(weight, x) for weight in weights]
     errors: dict[int, float] = {}
     bases: list[Tensor | None] = [None] * len(weights)
     last = -STEPS
@@ -121,14 +128,14 @@ def search(
         nonlocal last
         # From the candidate before; farther away more has to be found anew.
         rounds = None if abs(index - last) <= COARSE and not last < STEPS <= index else COLD_ROUNDS
-        seen, last, total = _Seen(x, smooths[index], options.precision), index, 0.0
+        seen, last, total = InputRows(x, smooths[index], options.precision), index, 0.0
         for i, weight in enumerate(weights):
             branch = None
             if options.rank:
                 up, down, bases[i] = factors(weight, options.rank, columns=seen.smooth, start=bases[i],
                                              svd=options.svd, rounds=rounds)  # fmt: skip
                 branch = _branch(up, down, seen.smooth)
-            total += _error(weight, seen, branch, outputs[i])
+            total += _error(weight, seen, branch, floats[i])
         errors[index] = total if total == total else float("inf")
 
     def best() -> int:
@@ -140,7 +147,7 @@ def search(
         found = best()
         for index in sorted(_near(found)):
             attempt(index)
-    norm = sum(float(torch.linalg.vector_norm(y)) ** 2 for y in outputs) or 1.0
+    norm = sum(float(torch.linalg.vector_norm(y)) ** 2 for y in floats) or 1.0
     return Found(smooths[best()], CANDIDATES[best()], errors[best()] / norm, errors[0] / norm)
 
 
@@ -191,13 +198,14 @@ def quantize(
         raise ValueError(f"{scheme.type} layers take no division of their rows")
     options = options_of(scheme)
     count, width = weight.shape
-    seen = branch = y = None
+    branch = noise = None
     if options.rank:
-        if stats is None or not len(stats.rows):
-            raise ValueError("svdquant needs kept rows of the layer's input")
-        seen = _Seen(stats.rows.float(), columns, options.precision)
-        y = _outputs(weight, seen.x)
-        branch, _ = alternate(weight, seen, y, options)
+        if stats is None or not len(stats.rows) or options.gptq and stats.gram is None:
+            raise ValueError("svdquant needs kept rows of the layer's input, and with gptq its Gram matrix")
+        seen = InputRows(stats.rows.float(), columns, options.precision)
+        branch, _ = alternate(weight, seen, outputs(weight, seen.x), options)
+        noise = seen.noise() if options.gptq else None
+        del seen
     whole = _whole(weight, columns, branch, options.precision)
     codes = torch.empty(count, width, dtype=torch.int8, device=weight.device) if out is None else out
     scales = torch.empty(count, width // GROUP[options.precision], device=weight.device)
@@ -206,14 +214,14 @@ def quantize(
         scales[part] = steps
     layer = QuantizedLinear(scheme, codes, scales, bias, weight.dtype, 0.0, smooth=columns, tensor_scale=whole,
                             low_rank=branch)  # fmt: skip
-    if options.gptq and seen is not None:
-        assert stats is not None and y is not None
-        _round_gptq(weight, layer, stats, seen, options)
+    if noise is not None:
+        assert stats is not None
+        _round_gptq(weight, layer, _gram(stats, columns, noise), options)
     layer.rel_error, layer.cosine = _weight_errors(weight, layer)
     return layer
 
 
-def alternate(weight: Tensor, seen: _Seen, y: Tensor, options: Options) -> tuple[LowRank, list[float]]:
+def alternate(weight: Tensor, seen: InputRows, y: Tensor, options: Options) -> tuple[LowRank, list[float]]:
     """The branch whose rounded residual has the least squared output error, and each turn's error.
 
     Turn t factors W · S - Q of turn t - 1, where Q is what rounding W · S less the branch left; Q before the first is
@@ -223,7 +231,9 @@ def alternate(weight: Tensor, seen: _Seen, y: Tensor, options: Options) -> tuple
     basis, kept, errors = None, None, []
     for turn in range(options.rounds):
         matrix, columns = (weight, seen.smooth) if turn == 0 else (left, None)
-        up, down, basis = factors(matrix, options.rank, columns=columns, start=basis, svd=options.svd)
+        # From the second turn on the branch stands out of what it is in: one round finds it again to 1e-7.
+        rounds = 1 if turn else None
+        up, down, basis = factors(matrix, options.rank, columns=columns, start=basis, svd=options.svd, rounds=rounds)
         branch = _branch(up, down, seen.smooth)
         errors.append(_error(weight, seen, branch, y, left))
         if kept is not None and not errors[-1] < min(errors[:-1]):
@@ -233,13 +243,24 @@ def alternate(weight: Tensor, seen: _Seen, y: Tensor, options: Options) -> tuple
     return kept, errors
 
 
-class _Seen:
+class InputRows:
     """Rows x [m, K] fp32 of a layer's input; `fed`: as the runtime's 4-bit product takes them with this `smooth`."""
 
     def __init__(self, x: Tensor, smooth: Tensor | None, precision: str) -> None:
         self.x, self.smooth, self.precision = x, smooth, precision
-        self.smoothed = x if smooth is None else x / smooth
-        self.fed = fake_quantize_input(self.smoothed, precision)
+        self.fed = torch.empty_like(x)
+        for part, given in zip(self._tiles(self.fed), self._tiles(x), strict=True):
+            part.copy_(fake_quantize_input(given if smooth is None else given / smooth, precision))
+
+    def noise(self) -> Tensor:
+        """[K] fp32: mean square of what rounding does to each column of x / smooth."""
+        total = torch.zeros_like(self.x[0])
+        for part, given in zip(self._tiles(self.fed), self._tiles(self.x), strict=True):
+            total += (given if self.smooth is None else given / self.smooth).sub(part).square_().sum(dim=0)
+        return total.div_(torch.full((), float(len(self.x)), device=total.device))
+
+    def _tiles(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x.split(tile_rows(x.shape[1], x.device))
 
 
 def _branch(up: Tensor, down: Tensor, smooth: Tensor | None) -> LowRank:
@@ -247,10 +268,13 @@ def _branch(up: Tensor, down: Tensor, smooth: Tensor | None) -> LowRank:
     return LowRank((down if smooth is None else down / smooth).to(HALF), up.to(HALF))
 
 
-def _outputs(weight: Tensor, x: Tensor) -> Tensor:
-    """[N, m] fp32: the float layer's outputs, transposed, without the bias."""
+def outputs(weight: Tensor, x: Tensor) -> Tensor:
+    """[N, m] fp32: the float layer's outputs for x [m, K] fp32, transposed, without the bias."""
+    made = torch.empty(weight.shape[0], len(x), device=weight.device)
     step = tile_rows(weight.shape[1], weight.device)
-    return torch.cat([part.float() @ x.T for part in weight.split(step)])
+    for part, y in zip(weight.split(step), made.split(step), strict=True):
+        torch.mm(part.float(), x.T, out=y)
+    return made
 
 
 def _residuals(weight: Tensor, smooth: Tensor | None, branch: LowRank | None) -> Iterator[tuple[slice, Tensor]]:
@@ -289,7 +313,7 @@ def _rounded(
         yield part, w, scales
 
 
-def _error(weight: Tensor, seen: _Seen, branch: LowRank | None, y: Tensor, left: Tensor | None = None) -> float:
+def _error(weight: Tensor, seen: InputRows, branch: LowRank | None, y: Tensor, left: Tensor | None = None) -> float:
     """Squared output error of the rounded layer. left: [N, K] fp32, becomes W · S less what was rounded."""
     whole = _whole(weight, seen.smooth, branch, seen.precision)
     lost = torch.empty(weight.shape[0], device=weight.device)
@@ -313,28 +337,31 @@ def _inner(x: Tensor, branch: LowRank) -> Tensor:
     return (x @ branch.down.float().T).to(HALF).float()
 
 
-def _round_gptq(weight: Tensor, layer: QuantizedLinear, stats: InputStatistics, seen: _Seen, options: Options) -> None:
-    """Codes of `layer` by GPTQ, of the input as the 4-bit product takes it."""
-    if stats.gram is None:
-        raise ValueError("gptq needs the Gram matrix of the layer's input")
-    s, whole = seen.smooth, layer.tensor_scale
-    gram = stats.gram.clone() if s is None else stats.gram / s / s.unsqueeze(1)
-    # Rounding errors of the input add up like noise that no column shares with another.
-    gram.diagonal().add_((seen.fed - seen.smoothed).square().mean(dim=0), alpha=stats.gram_count)
+def _gram(stats: InputStatistics, smooth: Tensor | None, noise: Tensor) -> Tensor:
+    """H of the input as the 4-bit product takes it: rounding adds noise that no two columns share."""
+    assert stats.gram is not None
+    gram = stats.gram.clone() if smooth is None else (stats.gram / smooth).div_(smooth.unsqueeze(1))
+    gram.diagonal().add_(noise, alpha=stats.gram_count)
+    return gram
+
+
+def _round_gptq(weight: Tensor, layer: QuantizedLinear, gram: Tensor, options: Options) -> None:
+    """Other codes for `layer`, by GPTQ; scales stay."""
+    whole = layer.tensor_scale
     left = torch.empty(weight.shape, device=weight.device)
-    for part, w in _residuals(weight, s, layer.low_rank):
+    for part, w in _residuals(weight, layer.smooth, layer.low_rank):
         left[part] = w
     made = gptq(left, gram, layer.scales if whole is None else layer.scales * whole,
                 group_size=GROUP[options.precision], qmin=-7, qmax=7, act_order=options.act_order,
-                damping=options.damping, snap=round_e2m1_ if whole is not None else None)  # fmt: skip
+                damping=options.damping, snap=None if whole is None else round_e2m1_)  # fmt: skip
     if made.damping is None:
         warnings.warn("the Gram matrix has no factorization: rounded without GPTQ", RuntimeWarning, stacklevel=3)
         return
     values = made.codes if made.values is None else made.values
     assert values is not None
     step = tile_rows(weight.shape[1], weight.device)
-    for codes, part in zip(layer.codes.split(step), values.split(step), strict=True):
-        codes.copy_(codes_of(part, options.precision))
+    for codes, found in zip(layer.codes.split(step), values.split(step), strict=True):
+        codes.copy_(codes_of(found, options.precision))
 
 
 def _weight_errors(weight: Tensor, layer: QuantizedLinear) -> tuple[float, float]:
