@@ -31,6 +31,9 @@ from streamq.savers import SaveOptions, Spec, formats
 from streamq.savers.shard import Place, TensorFile, layout
 
 
+GPTQ_ROWS = 2  # for each column: fewer, and it fits them instead of the model's inputs
+
+
 def make_plan(options: QuantOptions, *, download: bool) -> Plan:
     """Plan a run. Reads headers and small JSON files, writes nothing. `download`: a hub id may be fetched.
 
@@ -59,6 +62,7 @@ def make_plan(options: QuantOptions, *, download: bool) -> Plan:
         if given is None:
             make.check_schedule(calibration.settings, experts, source_path)
         builder.warnings.extend(_calibration_warnings(calibration, schemes))
+        builder.warnings.extend(_few_rows(calibration, schemes, experts))
     elif options.calib:
         builder.warnings.append(f"--calib {options.calib}: not used, this recipe needs no data")
     parts = tuple(builder.expert(expert, placed[expert.name], calibration is not None) for expert in experts)
@@ -107,6 +111,22 @@ def _calibration_warnings(calibration: CalibPlan, schemes: list[dict[str, Scheme
         missing = ", ".join(calibration.given.document["synthetic"])
         found.append(f"--calib {calibration.given.path}: made with synthetic {missing}")
     return found
+
+
+def _few_rows(calibration: CalibPlan, schemes: list[dict[str, Scheme]], experts: list[wan.Expert]) -> list[str]:
+    """GPTQ fits the rows that it sees: with hardly more of them than columns it fits nothing else."""
+    for expert in experts:
+        tokens = calibration.shapes[expert.name].tokens
+        rows = calibration.samples[expert.name] * min(calibration.gram_rows or tokens, tokens)
+        widths = {linear.name: linear.weight.shape[1] for linear in expert.model.linears}
+        widest = max((widths[n] for part in schemes for n, s in part.items() if s.gram and n in widths), default=0)
+        if rows < GPTQ_ROWS * widest:
+            return [
+                f"gptq: {rows} rows of calibration inputs for {widest} columns, {GPTQ_ROWS * widest} would do; with few"
+                " it may be worse than without on other prompts: use more or longer samples (num_samples, size,"
+                " frame_num, gram_rows)"
+            ]
+    return []
 
 
 def _replay_nbytes(

@@ -28,7 +28,14 @@ Step = Mapping[str, Any]
 
 
 def source(
-    out: Path, family: str = "t2v-1.3B", *, blocks: int = 2, dim: int = 128, ffn: int = 256, hot: bool = False, **how: Any
+    out: Path,
+    family: str = "t2v-1.3B",
+    *,
+    blocks: int = 2,
+    dim: int = 128,
+    ffn: int = 256,
+    hot: bool = False,
+    **how: Any,
 ) -> Path:
     """A synthetic checkpoint with a head of 128, so that no config.json need say it. `how`: as `synthetic.write`.
 

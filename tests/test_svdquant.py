@@ -234,11 +234,15 @@ def test_a_coarse_grid_tries_every_third_and_around_the_best(monkeypatch: pytest
     found = search(made.stats, made.weights, Options("int4"), grid="coarse")
     assert tried[:14] == thirds and sorted(tried[14:]) == [(i / 20, 1 - i / 20) for i in (17, 18)]
     assert found.choice == pytest.approx((0.95, 0.05))
+    errors[0.05, 0.95] = 1.0
+    tried.clear()
+    search(made.stats, made.weights, Options("int4"), grid="coarse")
+    assert tried[14:] == [(i / 20, 1 - i / 20) for i in (2, 3)]
 
 
 def test_of_equals_the_later_and_never_what_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     made = case()
-    values = iter([5.0] * 12 + [float("nan")] + [5.0] * 11 + [7.0] * 15)
+    values = iter([float("nan")] + [5.0] * 11 + [float("nan")] + [5.0] * 11 + [7.0] * 15)
     monkeypatch.setattr(svdquant, "_error", lambda *args: next(values))
     assert search(made.stats, made.weights, Options("int4")).choice == pytest.approx((4 / 20, 16 / 20))
 
@@ -350,6 +354,8 @@ def test_the_parts_make_the_whole(precision: str, gptq: bool) -> None:
     d = down.double() * s.double()
     assert torch.allclose(d @ d.T, torch.eye(16, dtype=torch.float64), atol=0.02)
     left = w * s.double() - up.double() @ d
+    if layer.tensor_scale is not None:
+        assert float(layer.tensor_scale) == float(half(left.abs().max() / 6 / 448))
     if gptq:
         assert float((residual - left).norm() / left.norm()) < 0.3
     else:
@@ -417,6 +423,39 @@ def test_the_same_bytes_twice_and_nearly_in_other_tiles(precision: str, monkeypa
     again, others = go()
     assert choice == again and float((parts[4] - others[4]).norm()) < 0.02 * float(parts[4].norm())
     assert float((parts[0] != others[0]).float().mean()) < 0.05
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_gptq_is_given_what_the_branch_leaves_and_the_rounded_input(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = case()
+    s = slow_vector(made, 0.6, 0.0)
+    plain = quantize(made.weight, None, scheme(precision, rank=16), columns=s.float(), stats=made.stats)
+    given: list[tuple[Tensor, ...]] = []
+    real = svdquant.gptq
+
+    def spy(*args: Any, **how: Any) -> Any:
+        assert how["damping"] == 0.2 and not how["act_order"] and how["group_size"] == GROUP[precision]
+        given.append(args)
+        return real(*args, **how)
+
+    monkeypatch.setattr(svdquant, "gptq", spy)
+    ext: dict[str, Any] = {"rank": 16, "gptq": True, "damping": 0.2, "act_order": False}
+    layer = quantize(made.weight, None, scheme(precision, **ext), columns=s.float(), stats=made.stats)
+    left, gram, scales = (tensor.double() for tensor in given[0])
+    branch = plain.low_rank
+    assert branch is not None and torch.equal(layer.scales, plain.scales) and not torch.equal(layer.codes, plain.codes)
+    wanted = made.weight.double() * s - branch.up.double() @ (branch.down.double() * s)
+    assert torch.allclose(left, wanted, atol=1e-5)
+    step = plain.scales.double() * (1.0 if plain.tensor_scale is None else plain.tensor_scale.double())
+    assert torch.allclose(scales, step)
+    x = made.stats.rows.double() / s
+    assert made.stats.gram is not None
+    noise = (slow_input(x, precision) - x).square().mean(dim=0)
+    gram -= made.stats.gram.double() / s / s.unsqueeze(1)
+    assert torch.allclose(gram.diagonal(), made.stats.gram_count * noise, rtol=0.01)
+    assert gram.fill_diagonal_(0).abs().max() < 1e-3 * made.stats.gram_count * noise.min()
 
 
 def test_gptq_that_has_no_factorization_says_so() -> None:

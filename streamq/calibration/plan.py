@@ -239,7 +239,7 @@ def _svdquant_nbytes(scheme: Scheme, count: int, columns: int, together: int, ro
     branch = 4 * weights + seen + 4 * rows * count
     if ext.get("gptq"):
         rounding = (8 if group == 16 else 5) * weights + 8 * columns**2 + 2 * GPTQ_PART
-        branch = max(branch, 4 * weights + 16 * columns**2, rounding)
+        branch = max(branch, 4 * weights + 20 * columns**2, rounding)
     if min(count, columns) <= EXACT_SIDE or ext.get("svd") == "exact":
         branch += 16 * weights + 24 * min(count, columns) ** 2
     return weights + tile + 4 * weights // group + max(branch, seen + 4 * rows * together)

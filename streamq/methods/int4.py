@@ -37,7 +37,7 @@ SHRINK = tuple(1 - i / 20 for i in range(11))
 ENDS = (0.0, -0.04, 0.04, 0.08, 0.12, 0.16)
 REFITS = 3
 # Of the mean importance, added to each column's: other prompts than those calibrated on use other columns.
-LEAST_IMPORTANCE = 0.1
+LEAST_IMPORTANCE = 0.5
 MOST_STEP = 2.0**124  # 15 of them are still an fp32 number
 _FRACTION = 0xFFFF  # bits of a float32 that a bfloat16 lacks
 

@@ -14,7 +14,7 @@ beside what the caller holds, for m rows, r = R + 8 and groups of G columns:
     search     8 m K + 4 m (N of all weights) + 4 r (K of all weights) + 28 r (N + K) + 4 T (8 K + m)
     quantize   4 N K / G, N K without `out`, 4 T (8 K + m), and the larger of
       branch   4 N K + 8 m K + 4 m N + 28 r (N + K)
-      GPTQ     4 N K + 16 K², then 8 N K (int4: 5 N K) + 8 K² + two of gptq.PART_BYTES, or 8 N K where that is less
+      GPTQ     4 N K + 20 K², then 8 N K (int4: 5 N K) + 8 K² + two of gptq.PART_BYTES, or 8 N K where that is less
 
 Without a branch there is neither of the two. `exact` factors take 16 N K + 24 min(N, K)² more, on the host.
 """
