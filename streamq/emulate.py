@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from streamq.methods.fourbit import E4M3_MOST, GROUP, HALF, TOP, round_e2m1_
+from streamq.methods.fourbit import GROUP, HALF, quantize_input
 from streamq.quantized import QuantizedLinear
 
 TILE_BYTES = 32 << 20  # of fp32 weight at once
@@ -56,7 +56,7 @@ def _svdq(x: Tensor, layer: QuantizedLinear, y: Tensor, half_accumulation: bool)
     """Fill y [m, N] from x [m, K]."""
     half, branch = x.dtype, layer.low_rank
     smoothed = x if layer.smooth is None else (x.float() / layer.smooth).to(half)
-    codes, scales = _quantized(smoothed, PRECISION[layer.scheme.type])
+    codes, scales = quantize_input(smoothed, PRECISION[layer.scheme.type], half)
     if not half_accumulation:
         codes.unflatten(1, (scales.shape[1], -1)).mul_(scales.unsqueeze(2))  # exact: few bits each
     # The branch reads x itself.
@@ -71,21 +71,6 @@ def _svdq(x: Tensor, layer: QuantizedLinear, y: Tensor, half_accumulation: bool)
         if branch is not None and inner is not None:
             made = (made.float() + inner @ branch.up[part].float().T).to(half)
         y[:, part] = made
-
-
-def _quantized(x: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    """x [m, K], smoothed, in half -> grid values [m, K] and scales [m, K / group], both fp32.
-
-    `fourbit.quantize_input` is this for bf16; here int4's scale is rounded to x's own dtype.
-    """
-    groups = x.float().unflatten(1, (-1, GROUP[precision]))
-    exact = groups.abs().amax(dim=2).mul_(1 / TOP[precision])  # the kernels multiply by the fp32 reciprocal
-    if precision == "nvfp4":
-        exact.clamp_max_(E4M3_MOST)
-    inverse = torch.where(exact > 0, exact.reciprocal(), torch.zeros_like(exact)).unsqueeze(2)
-    values = groups * inverse
-    values = values.round_().clamp_(-8, 7) if precision == "int4" else round_e2m1_(values)
-    return values.flatten(1), exact.to(x.dtype if precision == "int4" else torch.float8_e4m3fn).float()
 
 
 def _added_in_half(codes: Tensor, scales: Tensor, layer: QuantizedLinear, part: slice, half: torch.dtype) -> Tensor:

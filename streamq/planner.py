@@ -30,7 +30,6 @@ from streamq.quantized import Scheme
 from streamq.savers import SaveOptions, Spec, formats
 from streamq.savers.shard import Place, TensorFile, layout
 
-
 GPTQ_ROWS = 2  # for each column: fewer, and it fits them instead of the model's inputs
 
 

@@ -77,12 +77,13 @@ def codes_of(values: Tensor, precision: str) -> Tensor:
 
 
 @torch.no_grad()
-def quantize_input(x: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+def quantize_input(x: Tensor, precision: str, half: torch.dtype = HALF) -> tuple[Tensor, Tensor]:
     """x [..., K], smoothed, as the kernel quantizes it: (grid values [..., K] fp32, scales [..., K / group] fp32).
 
-    x is rounded to bf16 first. Values come from the exact scale, int4 from -8 to 7; scales are bf16 or e4m3 numbers.
+    x is rounded to `half` first. Values come from the exact scale, int4 from -8 to 7; scales are numbers of `half`, or
+    of e4m3.
     """
-    groups = _grouped(x.to(HALF).float(), GROUP[precision])
+    groups = _grouped(x.to(half).float(), GROUP[precision])
     amax = torch.maximum(groups.amax(dim=-1), groups.amin(dim=-1).neg_())
     exact = amax.mul_(1 / TOP[precision])  # the kernels multiply by the fp32 reciprocal
     if precision == "nvfp4":
@@ -90,7 +91,7 @@ def quantize_input(x: Tensor, precision: str) -> tuple[Tensor, Tensor]:
     inverse = torch.where(exact > 0, exact.reciprocal(), torch.zeros_like(exact)).unsqueeze(-1)
     values = groups.mul_(inverse)
     values = values.round_().clamp_(-8, 7) if precision == "int4" else round_e2m1_(values)
-    return values.flatten(-2), exact.to(HALF if precision == "int4" else torch.float8_e4m3fn).float()
+    return values.flatten(-2), exact.to(half if precision == "int4" else torch.float8_e4m3fn).float()
 
 
 @torch.no_grad()

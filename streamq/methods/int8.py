@@ -137,6 +137,7 @@ class _Job:
         made = gptq(w, gram, self.scales, qmin=self.rule.qmin, qmax=QMAX, **_options(ext))
         if made.damping is None:
             warnings.warn("the Gram matrix has no factorization: rounded without GPTQ", RuntimeWarning, stacklevel=3)
+        assert made.codes is not None  # without a snap of our own
         self.codes.copy_(made.codes)
         for part in self.parts():
             q = self.work.wide[: part.stop - part.start].copy_(self.codes[part])
