@@ -3,10 +3,10 @@
     python benchmarks/blocks.py [--family t2v-14B] [--recipes w4a4,w4a4_fast] [--size 256*256] [--frame_num 5]
                                 [--samples 4] [--device cpu] [--json FILE]
 
-Runs `streamq quant` on 1 and on 2 blocks with synthetic values: the difference is a block, the rest is what a run has
-once. `whole` is that times the family's number of blocks, and `estimate` what `streamq plan` says of the whole model
-with the same calibration. Forwards are in it, at these tokens: more tokens add `block_flops` (streamq.calibration.
-settings) a sample and block, and nothing else, since searches see a fixed number of rows.
+Runs `streamq quant` on one block with synthetic values; what a run has once (imports, its own inputs, what lies outside
+blocks) is in the seconds. `whole` is that times the family's number of blocks, and so an upper bound; `estimate` what
+`streamq plan` says of the whole model with the same calibration. Forwards are in it, at these tokens: more tokens add
+`block_flops` (streamq.calibration.settings) a sample and block, and nothing else: searches see a fixed number of rows.
 """
 
 from __future__ import annotations
@@ -46,27 +46,23 @@ def recipe(name: str, calibration: dict[str, Any], folder: Path) -> Path:
     return path
 
 
-def measure(models: dict[int, Path], path: Path, whole: Path, blocks: int, device: str) -> dict[str, Any]:
+def measure(model: Path, path: Path, whole: Path, blocks: int, device: str) -> dict[str, Any]:
     """One recipe's row."""
     out = path.parent / "out"
     common = ["--config_path", path, "--device", device, "--save_path", out]
-    made = {
-        n: streamq("quant", "--model_path", model, *common, "--overwrite", "--quiet") for n, model in models.items()
-    }
-    plan = streamq("plan", "--model_path", models[2], *common, "--overwrite")
+    made = streamq("quant", "--model_path", model, *common, "--overwrite", "--quiet")
+    plan = streamq("plan", "--model_path", model, *common, "--overwrite")
     full = streamq("plan", "--model_path", whole, *common[:-1], path.parent / "never")
-    block = made[2]["seconds"] - made[1]["seconds"]
     return {
-        "block_seconds": round(block, 1),
-        "once_seconds": round(made[1]["seconds"] - block, 1),
-        "whole_hours": round(blocks * block / 3600, 2),
+        "seconds": round(made["seconds"], 1),
+        "whole_hours": round(blocks * made["seconds"] / 3600, 2),
         "estimate_hours": round(full["seconds"] / 3600, 2),
         "gflops": full["speed"]["gflops"],
-        "peak_host": made[2]["peak_host_bytes"],
+        "peak_host": made["peak_host_bytes"],
         "planned_host": plan["peak_host_bytes"],
-        "peak_device": made[2]["peak_device_bytes"],
+        "peak_device": made["peak_device_bytes"],
         "planned_device": plan["peak_device_bytes"],
-        "output_error": made[2]["mean_output_error"],
+        "output_error": made["mean_output_error"],
     }
 
 
@@ -85,13 +81,11 @@ def main() -> int:
     found: dict[str, Any] = {"family": args.family, "device": args.device, **calibration}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        models = {n: folder / f"model{n}" for n in (1, 2)}
-        for count, path in models.items():
-            synthetic.write(path, replace(family, blocks=count), dtype="bf16")
+        synthetic.write(folder / "model", replace(family, blocks=1), dtype="bf16")
         synthetic.write(folder / "whole", family, dtype="bf16", sparse=True)
         for one in args.recipes.split(","):
             path = recipe(one, calibration, folder)
-            found[one] = measure(models, path, folder / "whole", family.blocks, args.device)
+            found[one] = measure(folder / "model", path, folder / "whole", family.blocks, args.device)
             print(one, json.dumps(found[one]), file=sys.stderr, flush=True)
     text = json.dumps(found, indent=1)
     print(text)

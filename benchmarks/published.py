@@ -11,7 +11,7 @@ whole attention, and share one down-projection; all other layers are judged by t
 Written from the paper (Li et al. 2024, arXiv 2411.05007) and from what "mit-han-lab/deepcompressor" does, not with its
 code, and without streamq's: it is what streamq is judged against. In these points it is the better of the two tools:
 pass 2 judges at x / s (the tool divides by s twice), and ties of e2m1 go to the even code, as the kernels have it.
-Its SVD leaves out the columns that nobody reads, which changes no result. fp32, decompositions in fp64; small models.
+Its SVD leaves out the columns that nobody reads, which changes no result. All in fp32, GPTQ in fp64; small models.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def factors(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """up [N, R], down [R, K], bf16 numbers in fp32: w's best approximation; down's rows are orthonormal."""
     if rank == 0:
         return torch.zeros(len(w), 0), torch.zeros(0, w.shape[1])
-    u, values, v = torch.linalg.svd(w.double(), full_matrices=False)
+    u, values, v = torch.linalg.svd(w, full_matrices=False)
     return (u[:, :rank] * values[:rank]).bfloat16().float(), v[:rank].bfloat16().float()
 
 

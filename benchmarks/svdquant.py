@@ -6,9 +6,10 @@ Calibrates on one trajectory and judges on another (other prompts, another seed)
 outlier channels put in, as `methods.py` does. The reference is the model in fp32; every row's blocks run one after
 another in bf16 with the quantized layers in. `output`: relative error of what the transformer returns; `blocks`: of
 what comes out of its last block. Every row is a process of its own with one thread: `seconds` are processor seconds
-from the first weight to the last layer's codes, calibration's forwards included and imports not; `over import` is the
-peak of memory until then above what the imports take. streamq's rows are recipes, run by streamq's own replay,
-searches and simulation. `published` is the whole-model, many-pass original (`published.py`) on the same samples.
+from the first weight to the last layer's codes, calibration's forwards and the report's figures included, imports not;
+`over import` is the peak of memory until then above what the imports take. streamq's rows are recipes, run by streamq's
+own replay, searches and simulation. `published` is the whole-model, many-pass original (`published.py`) on the same
+samples.
 """
 
 from __future__ import annotations

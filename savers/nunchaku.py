@@ -207,7 +207,9 @@ def check(schemes: Schemes, options: SaveOptions) -> list[str]:
             )
     if options.layout != "single":
         return []
-    return ["nunchaku: nothing loads Wan from the single file at present; diffusers loads --layout folder"]
+    return [
+        "nunchaku: nothing loads Wan from the single file at present; diffusers loads what is written without --layout"
+    ]
 
 
 def files(specs: Sequence[Spec], schemes: Schemes, options: SaveOptions) -> list[tuple[str, list[Spec]]]:
@@ -312,7 +314,7 @@ def usage(folders: Mapping[str, Path]) -> list[str]:
     """The lines of a program with stock diffusers; the other parts come from the original pipeline."""
     config = contents.config_of(next(iter(folders.values())))
     if "quantization_config" not in config:
-        return ["nothing loads Wan from this single file at present; diffusers loads --layout folder"]
+        return ["nothing loads Wan from this single file at present; diffusers loads what is written without --layout"]
     kind = config.get("_class_name", contents.CLASS)
     image = config.get("image_dim") is not None or config.get("in_channels", 16) > config.get("out_channels", 16)
     pipeline = (

@@ -303,13 +303,13 @@ def _finished(plan: Plan) -> bool:
 def _check_same_weights(plan: Plan, document: dict[str, Any]) -> None:
     """Raise UsageError if the finished output was made from other weights under equal headers: two finetunes, say.
 
-    Compares the small tensors that passed through (norms, modulation) with the manifest's hashes.
+    Compares the small tensors that passed through as they are (norms, modulation) with the manifest's hashes.
     """
     for part in plan.experts:
         with closing(Source(part.expert.model.checkpoint)) as source:
             for step in (step for unit in part.units for step in unit.steps if step.passed):
                 for info, place in zip(step.sources, step.outputs[0].places, strict=True):
-                    if info.nbytes > SMALL_NBYTES:
+                    if info.nbytes > SMALL_NBYTES or place.dtype != info.dtype:
                         continue
                     content = bytearray(info.nbytes)
                     source.read(info, 0, memoryview(content))

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, Tiny, run
+from nunchaku_runs import source
 
 from streamq.device import STAGE_CHUNKS
 from streamq.device.accelerator import Accelerator
@@ -85,10 +86,11 @@ def test_bytes_are_those_of_the_cpu(
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("name", ["w8a8_static", "w8a8_smooth", "w8a8_gptq"])
+@pytest.mark.parametrize("name", ["w8a8_static", "w8a8_smooth", "w8a8_gptq", "w4a4", "w4a4_nvfp4_gptq", "w4a16_gptq"])
 def test_a_calibrated_run(name: str, tiny: Tiny, tmp_path: Path, rings: list[torch.Tensor]) -> None:
     """Attention and products round otherwise than the CPU's, so figures are compared and not bytes."""
-    model = tiny("i2v-14B", dtype="bf16")
+    four = name.startswith("w4")
+    model = source(tmp_path / "model", "i2v-14B", dtype="bf16") if four else tiny("i2v-14B", dtype="bf16")
     document = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
     document["spec"]["calibration"] = {"num_samples": 3, "time_bins": 2, "size": "64*64", "frame_num": 5}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(document))
