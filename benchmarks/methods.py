@@ -214,7 +214,8 @@ class Judge:
             pair = pairs[linear.native]
             if pair is not None and pair.type is not None:
                 found[linear.name] = Scheme(pair.type, pair, Int8Rule(scale_floor=2.0**-23))
-        return smoothing.place(recipe, "table", ("norm", "adaln", "rows", "layer"), self.model, found).schemes
+        ways = dict.fromkeys({scheme.type for scheme in found.values()}, wan.WAYS)
+        return smoothing.place(recipe, "table", ways, self.model, found).schemes
 
     def error(self, weights: Weights) -> float:
         """Relative error of the last block's output on the judging inputs."""

@@ -234,7 +234,7 @@ def _svdquant_nbytes(scheme: Scheme, count: int, columns: int, together: int, ro
     """
     weights, ext = count * columns, dict(scheme.pair.weight.ext)
     rank, group = int(ext.get("rank", 32)) + 8, 64 if scheme.type == "w4a4" else 16
-    tile = (CPU_TILE if kind == "cpu" else DEVICE_TILE) // columns * (8 * columns + rows)
+    tile = min(4 * count, (CPU_TILE if kind == "cpu" else DEVICE_TILE) // columns) * (8 * columns + rows)
     seen = 8 * rows * columns + 28 * rank * (count + columns)
     branch = 4 * weights + seen + 4 * rows * count
     if ext.get("gptq"):
