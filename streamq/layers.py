@@ -20,7 +20,7 @@ from streamq.methods.report import output_error
 from streamq.methods.smooth import awq, exact, exact_for_norm, search_alpha, smoothquant
 from streamq.methods.statistics import InputStatistics
 from streamq.pairs import QConfig
-from streamq.quantized import QuantizedLinear, Scheme, Smooth
+from streamq.quantized import OUTPUT_LIMIT, QuantizedLinear, Scheme, Smooth
 from streamq.wan import block_of, group_of
 
 if TYPE_CHECKING:
@@ -105,6 +105,9 @@ def quantize(
     notes = [str(one.message) for one in said if one.category is RuntimeWarning]
     if layer.static is not None and (saturated := static_tensors(layer)[-1]):
         notes.append(f"{saturated} biases are too large for int32 at their scale, and were cut to it")
+    error = report.get("output_rel_error")
+    if scheme.packed and isinstance(error, float) and error > OUTPUT_LIMIT:
+        notes.append(f"its output is off by {error:.0%} on calibration data: leave it float, or give it another type")
     if notes:
         report["note"] = "; ".join(notes)
     if statistics is not None and plain(scheme) != scheme:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by code; bit 3 is the sign
 ALL = slice(None)
+OUTPUT_LIMIT = 0.5  # of a 4-bit layer on calibration data: beyond, nothing of its output is left
 FOUR_BIT = ("w4a4", "w4a4_nvfp4", "w4a16")
 
 

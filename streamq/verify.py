@@ -19,6 +19,7 @@ from streamq.checkpoint import Checkpoint, Source, read_header
 from streamq.compare import compare, read
 from streamq.errors import StreamqError, UsageError
 from streamq.journal import JOURNAL
+from streamq.quantized import FOUR_BIT, OUTPUT_LIMIT
 from streamq.savers.shard import HASH_CHUNK, PARTIAL, sha256_of
 
 
@@ -58,6 +59,7 @@ def verify(save_path: Path, source: str | None) -> Report:
         for name in document.get("formats", {}):
             if name not in {output.format_name for output in found}:
                 report.problems.append(f"format {name}: made by this run, but no longer recognisable in {save_path}")
+        report.problems += _useless(document)
     experts = wan.open_model(hub.resolve(source, download=False)) if source else []
     for output in found:
         checkpoint = _checked(report, output.checkpoint)
@@ -70,6 +72,16 @@ def verify(save_path: Path, source: str | None) -> Report:
             report.layers |= layers
             report.problems += problems
     return report
+
+
+def _useless(document: dict[str, Any]) -> list[str]:
+    """4-bit layers whose output, by the run's own figures, has hardly anything to do with the float layer's."""
+    return [
+        f"{layer}: output error {about['output_rel_error']:.4g} on calibration data, at most {OUTPUT_LIMIT} due"
+        for made in document.get("formats", {}).values()
+        for layer, about in made.get("layers", {}).items()
+        if about.get("type") in FOUR_BIT and about.get("output_rel_error", 0) > OUTPUT_LIMIT
+    ]
 
 
 def _checked(report: Report, look: Any) -> Any:
