@@ -31,7 +31,7 @@ from nunchaku_runs import (
     weights,
     write_recipe,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from streamq.wan.config import keeps_fp32
 
@@ -272,6 +272,69 @@ def test_an_override_for_what_does_not_fit(made: Runs, tmp_path: Path) -> None:
     quantization = json.loads((out / "config.json").read_text())["quantization_config"]
     assert len(quantization["svdq_w4a4"]["targets"]) == 15 and len(quantization["awq_w4a16"]["targets"]) == 4
     assert inspected(out)["layers"]["blocks.1.ffn.2"] == "w4a16"
+
+
+# -- Layers out of the ordinary ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A layer of zeros, one of equal weights, dead channels and outputs, and an input that is far too large."""
+    model = source(tmp_path_factory.mktemp("odd") / "model", blocks=1)
+    tensors = load_file(model / WHOLE)
+    tensors["blocks.0.self_attn.q.weight"].zero_()
+    tensors["blocks.0.self_attn.k.weight"].fill_(0.25)
+    tensors["blocks.0.cross_attn.q.weight"][:, 30:70] = 0
+    tensors["blocks.0.ffn.0.weight"][:40] = 0
+    for leaf in ("weight", "bias"):
+        tensors[f"blocks.0.norm3.{leaf}"][64:] = 0
+    tensors["blocks.0.norm3.weight"][3] = 1e5
+    save_file(tensors, model / WHOLE)
+    return model
+
+
+ODD: dict[str, list[Step]] = {
+    "w4a4": [step("w4a4")],
+    "nvfp4": [step("w4a4_nvfp4")],
+    "w4a16": [step("w4a16", "mse")],
+    "w4a16 gptq": [step("w4a16", "gptq")],
+    "w4a4 searched": [SEARCH, step("w4a4", "svdquant", ext={"gptq": True})],
+    "nvfp4 smoothed": svdquant("w4a4_nvfp4", ext={"gptq": True}),
+    "w4a4 of full rank": svdquant("w4a4", ext={"rank": 128}),
+    "nvfp4 of full rank": svdquant("w4a4_nvfp4", ext={"rank": 128, "svd": "randomised"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_layers(odd: Path, tmp_path: Path, name: str) -> None:
+    quant(odd, tmp_path / "out", ODD[name], rows=32, gram_rows=32)
+    layers = manifest(tmp_path / "out")["formats"]["nunchaku"]["layers"]
+    found = verified(tmp_path / "out", odd)["layers"]
+    assert layers["blocks.0.self_attn.q"]["rel_error"] == 0 == found["blocks.0.self_attn.q"]["emulated_rel_error"]
+    for layer, about in layers.items():
+        limit = 2e-3 if "full" in name else 0.15
+        assert about.get("output_rel_error", 0) < limit and found[layer]["emulated_rel_error"] < 0.3, layer
+
+
+def test_one_row_to_calibrate_on(made: Runs, tmp_path: Path) -> None:
+    process, model = [SEARCH | {"rows": 1}, step("w4a4", "svdquant", ext={"gptq": True})], made.model(blocks=1)
+    quant(model, tmp_path / "out", process, num_samples=1, rows=1, gram_rows=1, size="16*16", frame_num=1)
+    verified(tmp_path / "out", model)
+
+
+def test_overwritten_by_another_layout(made: Runs, tmp_path: Path) -> None:
+    """No shard, index or expert of before is left for a loader to find."""
+    out, model = tmp_path / "out", made.model(blocks=1)
+    for other, options in (
+        (model, ("--max_shard_size", "200KB")), (model, ()), (model, ("--layout", "single")),
+        (made.model("t2v-A14B", blocks=1), ()), (model, ()),
+    ):  # fmt: skip
+        quant(other, out, MINMAX, "--overwrite", *options)
+        assert weights(out) == weights(made.out(other, MINMAX, *options))
+        assert {path.name for path in out.rglob("*.json")} == {
+            path.name for path in made.out(other, MINMAX, *options).rglob("*.json")
+        }
+        verified(out, other)
 
 
 # -- The library's recipes ---------------------------------------------------------------------------------------------
