@@ -300,7 +300,8 @@ def documents(
         if TYPES[scheme.type] == contents.SVDQ:
             section["rank"] = rank_of(scheme)
         quantization.setdefault(TYPES[scheme.type], section | {"targets": []})["targets"].append(linear.name)
-    config = _config(model) | {"quantization_config": quantization}
+    config = json.loads(json.dumps(_config(model) | {"quantization_config": quantization}))
+    _check_names(model, config, files, schemes)
     found = [Document("config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())]
     if len(files) > 1:
         total = sum(_nbytes(spec) for _, specs in files for spec in specs)
@@ -308,6 +309,20 @@ def documents(
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         found.append(Document(contents.INDEX, (json.dumps(index, indent=2) + "\n").encode()))
     return found
+
+
+def _check_names(
+    model: Model, config: dict[str, Any], files: list[tuple[str, list[Spec]]], schemes: Schemes
+) -> None:  # fmt: skip
+    """Raise UsageError where the source's tensors are not those of diffusers' class: it would load, with holes."""
+    svdq, written = _svdq(schemes), {spec.name: spec for _, specs in files for spec in specs}
+    rank = 0 if svdq is None else rank_of(svdq)
+    wrong = contents.wrong_contents(config, contents.targets_of(config), rank, written, "BF16", single=False)
+    if wrong:
+        raise UsageError(
+            f"nunchaku: {model.checkpoint.root} has other tensors than diffusers' {config['_class_name']}, which would"
+            f" load it without a word: {wrong[0]} ({len(wrong)} in all); choose another --format"
+        )
 
 
 def usage(folders: Mapping[str, Path]) -> list[str]:

@@ -218,7 +218,7 @@ def problems(folder: Path, tensors: Mapping[str, Any]) -> list[str]:
     targets, wrong = _targets(quantization)
     rank = quantization[SVDQ].get("rank") if isinstance(quantization.get(SVDQ), dict) else 0
     found += wrong
-    found += _contents(config, targets, rank if type(rank) is int else 0, tensors, half or "BF16", single=False)
+    found += wrong_contents(config, targets, rank if type(rank) is int else 0, tensors, half or "BF16", single=False)
     return found + _file_problems(folder, tensors)
 
 
@@ -264,7 +264,7 @@ def _targets(quantization: Mapping[str, Any]) -> tuple[dict[str, str], list[str]
     return targets, found
 
 
-def _contents(
+def wrong_contents(
     config: Mapping[str, Any], targets: Mapping[str, str], rank: int, tensors: Mapping[str, Any], half: str, *,
     single: bool,
 ) -> list[str]:  # fmt: skip
@@ -363,4 +363,4 @@ def _single_problems(path: Path, metadata: Mapping[str, str], tensors: Mapping[s
             found.append(f"{path.name}: weight.dtype {str(given)[:80]}, its layers are {' and '.join(sorted(due))}")
     config = documents["config"] | {"_class_name": metadata.get("model_class")}
     rank = quantization.get("rank", 0)
-    return found + _contents(config, targets, rank if type(rank) is int else 0, tensors, "BF16", single=True)
+    return found + wrong_contents(config, targets, rank if type(rank) is int else 0, tensors, "BF16", single=True)

@@ -77,13 +77,23 @@ def _add_quant_options(parser: argparse.ArgumentParser) -> None:
     add("--model_type", help="Wan2_1, Wan2_2, …; left out: read off the tensors")
     add("--quant_type", help="a type of the library: streamq recipes")
     add("--config_path", type=Path, help="a recipe YAML, instead of --quant_type")
-    add("--format", action="append", default=[], help="mindie, lightx2v; several, comma-separated, from one read")
-    add("--layout", default="block", choices=["block", "single"], help="files of lightx2v (default block)")
+    add(
+        "--format",
+        action="append",
+        default=[],
+        help="mindie, lightx2v, nunchaku; several, comma-separated, from one read",
+    )
+    add(
+        "--layout",
+        default="block",
+        choices=["block", "single"],
+        help="files of lightx2v (default block); nunchaku: single is its older container",
+    )
     add("--device", default="auto", help="auto, cpu, cuda[:i], npu[:i]")
     add("--resume", action="store_true", default=True, help="go on where an interrupted run stopped (default)")
     add("--no_resume", action="store_false", dest="resume", help="start an interrupted run anew")
     add("--overwrite", action="store_true", help="discard what is in SAVE_PATH")
-    add("--max_shard_size", metavar="SIZE", help="e.g. 5GB; mindie then writes shards")
+    add("--max_shard_size", metavar="SIZE", help="e.g. 5GB; mindie then writes shards; nunchaku: of 10GB unless said")
     add("--max_host_memory", metavar="SIZE", help="budget, e.g. 4GiB")
     add("--max_device_memory", metavar="SIZE", help="budget, e.g. 4GiB")
     add("--calib", type=Path, help="calibration inputs made by streamq calib; without it a recipe makes its own")

@@ -59,7 +59,7 @@ def compare(
     output: outputs.Output, checkpoint: Checkpoint, expert: wan.Expert, document: dict[str, Any]
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """(layer -> its errors against the source, what is wrong). `document`: the manifest, or {}."""
-    prefix = f"{output.label}/" if output.label else ""
+    prefix = f"{output.shown}/" if output.shown else ""
     label = f"{expert.name}/" if expert.name else ""
     layers: dict[str, dict[str, Any]] = {}
     kinds = output.format.layers_in(output.folder, checkpoint.tensors)
@@ -102,7 +102,11 @@ def _layer(pair: _Pair, linear: wan.Linear, limit: float, known: bool) -> dict[s
     pair.problems += [f"{linear.native}.{one}" for one in form.contradictions(made)]
     found: dict[str, Any] = {"rel_error": error, "cosine": cosine}
     if not error <= limit:
-        hint = "" if known else "; without streamq.json a smoothing scale in other tensors is not known"
+        hint = (
+            ""
+            if known or hasattr(form, "unpack")
+            else "; without streamq.json a smoothing scale in other tensors is not known"
+        )
         pair.problems.append(
             f"{linear.native}: relative error {error:.4g} against the source, at most {limit:.4g} due{hint}"
         )

@@ -126,7 +126,8 @@ def _figures(layer: QuantizedLinear, weight: Tensor, statistics: InputStatistics
     found = {"rel_error": layer.rel_error, "cosine": layer.cosine}
     if statistics is not None:
         error, cosine = output_error(statistics.rows, weight, layer, layer.scheme.pair.act)
-        found |= {"output_rel_error": error, "output_cosine": cosine}
+        if math.isfinite(error):  # against an output of zeros it is not, and says nothing
+            found |= {"output_rel_error": error, "output_cosine": cosine}
     return {key: _short(value) for key, value in found.items()}
 
 

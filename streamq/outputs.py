@@ -27,6 +27,13 @@ class Output:
     folder: Path
     expert: str
 
+    @property
+    def shown(self) -> str:
+        """`label`, the expert by its own name: what stands before a layer's name, as in the plan and the manifest."""
+        if not self.expert:
+            return self.label
+        return "/".join(part for part in (*Path(self.label).parts[:-1], self.expert) if part)
+
     def checkpoint(self) -> Checkpoint:
         """The headers of every `.safetensors` file in it. Raises UsageError for a file that is not sound."""
         files: list[SourceFile] = []
@@ -130,18 +137,20 @@ def _inspect_output(path: Path, found: list[Output]) -> dict[str, Any]:
     for output in found:
         checkpoint = output.checkpoint()
         prefix = f"{output.label}/" if output.label else ""
+        shown = f"{output.shown}/" if output.shown else ""
         kinds = output.format.layers_in(output.folder, checkpoint.tensors)
         model = output.model(checkpoint)
         experts.append(wan.Expert(output.expert, model))
         inside = {linear.native for linear in model.linears}
-        layers |= {prefix + name: kind for name, kind in kinds.items() if name in inside}
-        layers |= {prefix + name: kind for name, kind in _recorded(path, output).items() if name in kinds}
+        layers |= {shown + name: kind for name, kind in kinds.items() if name in inside}
+        layers |= {shown + name: kind for name, kind in _recorded(path, output).items() if name in kinds}
         dtypes.update(info.dtype for info in checkpoint.tensors.values())
         files += [prefix + file.name for file in checkpoint.files]
         size += sum(file.size for file in checkpoint.files)
     names = sorted({output.format_name for output in found})
     of_one_format = [e for e, output in zip(experts, found, strict=True) if output.format_name == found[0].format_name]
     return _model(experts[0].model, wan.version_of(of_one_format)) | {
+        "layout": found[0].format.NAMES,
         "prefix": experts[0].model.prefix,
         "format": names[0] if len(names) == 1 else names,
         "layers": layers,

@@ -61,7 +61,11 @@ def fault(pair: Pair) -> tuple[str, str] | None:
         return "act.symmetric", "False; activations in groups are symmetric in the runtime"
     if act.dtype != "float" and act.method != "minmax":
         return "act.method", f"{act.method!r}; the runtime takes each group's own range, minmax"
-    rank = dict(weight.ext).get("rank", 16)
+    ext = dict(weight.ext)
+    for key in ("damping", "act_order") if weight.method == "svdquant" and not ext.get("gptq") else ():
+        if key in ext:
+            return f"weight.ext.{key}", "of GPTQ, which svdquant uses only with gptq: True"
+    rank = ext.get("rank", 16)
     if rank % 16:
         return "weight.ext.rank", f"{rank}; a multiple of 16, which the kernels' tiles are"
     return None

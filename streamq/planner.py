@@ -289,7 +289,11 @@ class _Builder:
         for reason, names in reasons.items():
             self.warnings.append(f"{target.name}: {len(names)} layers stay float ({names[0]}, …): {reason}")
         if reasons and not schemes:
-            raise UsageError(f"{target.name}: no layer of this model fits: {next(iter(reasons))}")
+            reason, names = next(iter(reasons.items()))
+            raise UsageError(
+                f"{target.name}: no layer of this model fits its runtime: {names[0]} has {reason}; change the recipe,"
+                " or choose another --format"
+            )
 
     def expert(self, expert: wan.Expert, placed: list[smoothing.Placement], replay: bool) -> ExpertPlan:
         model = expert.model

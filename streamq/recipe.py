@@ -282,6 +282,9 @@ class _Reader:
                 if key in value:
                     raise self.fail(f"{path}.{key}", f"only for method svdquant; this step has {method}")
             return SmoothStep(method, float(alpha), scale_min, include, exclude, path)
+        for key in ("alpha", "scale_min"):
+            if key in value:
+                raise self.fail(f"{path}.{key}", "svdquant searches its own exponents; leave it out")
         default, *bounds = SEARCH_ROWS
         grid = self.word(value.get("grid", GRIDS[0]), f"{path}.grid", GRIDS)
         rows = self.number(value.get("rows", default), f"{path}.rows", (bounds[0], bounds[1]))
@@ -370,7 +373,9 @@ class _Reader:
         changes: dict[str, Any] = {k: given[k] for k in ("scope", "dtype", "symmetric", "method") if k in given}
         if "ext" in given:
             changes["ext"] = tuple(sorted(ext.items()))
-        elif method != default.method:
+        if default.dtype == "float" != changes.get("dtype", "float") and "method" not in given:
+            changes["method"] = "minmax"  # a float operand has none
+        if "ext" not in given and method != default.method:
             changes["ext"] = ()  # those were another method's
         return replace(default, **changes)
 

@@ -56,6 +56,7 @@ def place(
     natives = {name: [wan.to_native(n) for n in layers] for name, (_, _, layers) in groups.items() if layers}
     steps = resolve_smoothing(recipe, natives)
     left: Counter[str] = Counter()
+    unable: Counter[str] = Counter()  # of types that no runtime smooths
     for name, step in steps.items():
         block, group, layers = groups[name]
         layers = tuple(layer for layer in layers if ways[schemes[layer].type])
@@ -63,7 +64,7 @@ def place(
         known = ways[schemes[layers[0]].type] if layers else ()
         possible = [way for way in known if _can(way, block, group, layers, model, schemes)]
         if not possible:
-            left[group.name] += 1
+            (left if layers else unable)[group.name] += 1
             continue
         base = schemes[layers[0]]
         smooth = Smooth(step.method, step.alpha, step.scale_min, name, layers, possible[0], base, step.grid, step.rows)
@@ -75,7 +76,8 @@ def place(
                 layers = tuple(f"{block}.{name}" for name in group.layers)
                 ones = Smooth("ones", 0.0, 0.0, f"{block}.{group.name}", layers, "adaln", first)
                 found.beside.setdefault(f"{block}.{group.adaln}", ones)
-    for group_name, count in left.items():
+    placed = any(scheme.smooth for scheme in found.schemes.values())
+    for group_name, count in (left if placed else left + unable).items():
         native = ", ".join(
             wan.to_native(f"blocks.0.{n}").removeprefix("blocks.0.")
             for group in wan.GROUPS

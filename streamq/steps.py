@@ -100,9 +100,9 @@ def made(
                 codes, room = room[:count].view(torch.int8).view(weight.shape), room[count:]
                 made[output.scheme] = quantize(step.name, weight, bias, output.scheme, block, codes)
                 layer = made[output.scheme][0]
-                for info, values in zip(step.sources, (layer.scales, bias), strict=False):
+                for number, values in ((0, layer.scales), (0, layer.zeros), (1, bias)):
                     if values is not None and not torch.isfinite(values).all():
-                        raise damaged(info, work)
+                        raise damaged(step.sources[number], work)
                 block.layers.setdefault(step.name, layer)
             layer, commit.layers.setdefault(target.name, {})[step.label] = made[output.scheme]
             if (folded := output.scheme.smooth) is not None and folded.way != "layer":

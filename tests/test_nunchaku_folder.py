@@ -264,6 +264,7 @@ def test_nothing_is_wrong_with_what_was_written(
 def stock_loader(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """diffusers, that takes this machine for one with an NVIDIA GPU and the package of kernels, which has none."""
     quantizer = pytest.importorskip("diffusers.quantizers.nunchaku.nunchaku_quantizer")
+    importlib.import_module("diffusers").WanTransformer3DModel  # noqa: B018 - looks for packages when first asked for
     kernels = types.ModuleType("kernels")
     kernels.get_kernel = lambda *args, **how: types.SimpleNamespace(ops=None)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "kernels", kernels)

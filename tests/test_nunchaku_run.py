@@ -95,7 +95,6 @@ RUNS: dict[str, tuple[str, list[Step], tuple[object, ...], dict[str, Any]]] = {
     "experts in shards": ("i2v-A14B", [step("w4a16")], ("--max_shard_size", "300KB"), {"layout": "diffusers"}),
     "some layers": ("t2v-1.3B", svdquant("w4a4", include=FEW), (), {}),
 }  # fmt: skip
-EXPERTS = {"high_noise_model/": "transformer/", "low_noise_model/": "transformer_2/"}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -111,11 +110,11 @@ def test_what_is_planned_is_written(made: Runs, tmp_path: Path, name: str) -> No
     layers = recorded["formats"]["nunchaku"]["layers"]
     assert {layer: about["type"] for layer, about in layers.items()} == plan["layers"]
     report, seen = verified(out, model), inspected(out)
-    assert _folders(plan["layers"]) == seen["layers"] and seen["format"] == "nunchaku"
+    assert plan["layers"] == seen["layers"] and seen["format"] == "nunchaku"
     assert len(plan["layers"]) == seen["linears"] * len(seen["experts"])
-    packed = {layer for layer, kind in _folders(plan["layers"]).items() if kind != "float"}
+    packed = {layer for layer, kind in plan["layers"].items() if kind != "float"}
     assert report["layers"].keys() == packed and packed
-    for layer, about in _folders(layers).items():
+    for layer, about in layers.items():
         if layer in packed:
             found = report["layers"][layer]
             assert found["rel_error"] == pytest.approx(about["rel_error"], rel=2e-3), layer
@@ -126,14 +125,6 @@ def test_what_is_planned_is_written(made: Runs, tmp_path: Path, name: str) -> No
 
 def _sizes(files: Mapping[str, Any]) -> dict[str, int]:
     return {name: about["bytes"] for name, about in files.items()}
-
-
-def _folders(layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Layers as a folder has them: experts by the names of diffusers' folders."""
-    found = dict(layers)
-    for expert, folder in EXPERTS.items():
-        found = {name.replace(expert, folder): about for name, about in found.items()}
-    return found
 
 
 def check_index(out: Path) -> None:

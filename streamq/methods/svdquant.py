@@ -39,7 +39,7 @@ from streamq.methods.fourbit import (
 )
 from streamq.methods.gptq import gptq
 from streamq.methods.low_rank import COLD_ROUNDS, factors, tile_rows
-from streamq.methods.report import relative_and_cosine
+from streamq.methods.report import weight_error
 from streamq.methods.smooth import column_amax
 from streamq.methods.statistics import InputStatistics, spread
 from streamq.quantized import LowRank, QuantizedLinear, Scheme
@@ -217,7 +217,7 @@ def quantize(
     if noise is not None:
         assert stats is not None
         _round_gptq(weight, layer, _gram(stats, columns, noise), options)
-    layer.rel_error, layer.cosine = _weight_errors(weight, layer)
+    layer.rel_error, layer.cosine = weight_error(weight, layer)
     return layer
 
 
@@ -362,18 +362,3 @@ def _round_gptq(weight: Tensor, layer: QuantizedLinear, gram: Tensor, options: O
     step = tile_rows(weight.shape[1], weight.device)
     for codes, found in zip(layer.codes.split(step), values.split(step), strict=True):
         codes.copy_(codes_of(found, options.precision))
-
-
-def _weight_errors(weight: Tensor, layer: QuantizedLinear) -> tuple[float, float]:
-    """(relative error, cosine) of the source's weight against what all of the layer stands for."""
-    count, width = weight.shape
-    norms = torch.empty(3, count, device=weight.device)
-    step = tile_rows(width, weight.device)
-    for start in range(0, count, step):
-        part = slice(start, start + step)
-        w, made = weight[part].float(), layer.effective(part)
-        torch.linalg.vector_norm(w, dim=1, out=norms[0, part])
-        torch.linalg.vector_norm(made, dim=1, out=norms[1, part])
-        torch.linalg.vector_norm(made.sub_(w), dim=1, out=norms[2, part])
-    a, b, lost = norms.cpu().double().square().sum(dim=1).tolist()
-    return relative_and_cosine(a, b, lost)
