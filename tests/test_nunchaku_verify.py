@@ -256,7 +256,7 @@ def test_experts_in_each_others_place(made: Runs, tmp_path: Path) -> None:
         (folder / old).rename(folder / new)
     sign(folder)
     problems = verify(folder, "--source", model)
-    for expert in ("transformer", "transformer_2"):
+    for expert in ("high_noise_model", "low_noise_model"):
         assert any(problem.startswith(f"{expert}/") and "relative error" in problem for problem in problems)
 
 
