@@ -138,6 +138,9 @@ class Format(Protocol):
         A smoothing scale that the layer itself carries is undone; one that lies elsewhere is not known here.
         """
 
+    def unpack(self, tensors: Mapping[str, Tensor]) -> QuantizedLinear | None:
+        """A layer whose codes share bytes, as the record that was packed; None where the format packs nothing."""
+
     def bias(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """The layer's bias [out] among them, in order, of any float dtype."""
 

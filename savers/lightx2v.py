@@ -220,6 +220,11 @@ def decode(tensors: Mapping[str, Tensor]) -> Callable[[slice], Tensor]:
     return lambda rows: tensors["weight"][rows].float() * tensors["weight_scale"][rows].float()
 
 
+def unpack(tensors: Mapping[str, Tensor]) -> QuantizedLinear | None:
+    """Nothing is packed."""
+    return None
+
+
 def bias(tensors: Mapping[str, Tensor]) -> Tensor | None:
     """As it is."""
     return tensors.get("bias")

@@ -311,6 +311,11 @@ def decode(tensors: Mapping[str, Tensor]) -> Callable[[slice], Tensor]:
     return rows_of
 
 
+def unpack(tensors: Mapping[str, Tensor]) -> QuantizedLinear | None:
+    """Nothing is packed."""
+    return None
+
+
 def bias(tensors: Mapping[str, Tensor]) -> Tensor | None:
     """As it is."""
     return tensors.get(f"{LINEAR}.bias", tensors.get("bias"))

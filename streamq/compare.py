@@ -50,9 +50,7 @@ class _Pair:
 
     def made(self, linear: wan.Linear) -> dict[str, Tensor]:
         """A layer's written tensors by suffix."""
-        name = linear.name if self.output.format.NAMES == "diffusers" else linear.native
-        infos = self.checkpoint.tensors.items()
-        return {n.removeprefix(f"{name}."): read(self.written, info) for n, info in infos if n.startswith(f"{name}.")}
+        return layer_tensors(self.output, self.checkpoint, self.written, linear.native)
 
 
 def compare(
@@ -83,6 +81,15 @@ def compare(
     return layers, [prefix + one for one in problems]
 
 
+def layer_tensors(
+    output: outputs.Output, checkpoint: Checkpoint, written: Source, native: str
+) -> dict[str, Tensor]:  # fmt: skip
+    """A layer's written tensors by suffix."""
+    name = (wan.to_diffusers(native) or native) if output.format.NAMES == "diffusers" else native
+    infos = checkpoint.tensors.items()
+    return {n.removeprefix(f"{name}."): read(written, info) for n, info in infos if n.startswith(f"{name}.")}
+
+
 def read(source: Source, info: TensorInfo) -> Tensor:
     """A whole tensor, in its dtype, on the host."""
     raw = torch.empty(info.nbytes, dtype=torch.uint8)
@@ -99,12 +106,14 @@ def _layer(pair: _Pair, linear: wan.Linear, limit: float, known: bool) -> dict[s
     except (KeyError, RuntimeError, ValueError):  # a tensor is missing, or has another shape
         pair.problems.append(f"{linear.native}: cannot be dequantized against this source")
         return None
-    pair.problems += [f"{linear.native}.{one}" for one in form.contradictions(made)]
+    packed = form.unpack(made)
+    if packed is None:  # a packed layer's numbers need no source: verify has looked at them
+        pair.problems += [f"{linear.native}.{one}" for one in form.contradictions(made)]
     found: dict[str, Any] = {"rel_error": error, "cosine": cosine}
     if not error <= limit:
         hint = (
             ""
-            if known or hasattr(form, "unpack")
+            if known or packed is not None
             else "; without streamq.json a smoothing scale in other tensors is not known"
         )
         pair.problems.append(
@@ -115,9 +124,8 @@ def _layer(pair: _Pair, linear: wan.Linear, limit: float, known: bool) -> dict[s
         due = _due(pair, linear.bias, pair.folded.rows.get(linear.name), None if own is None else own.dtype, True)
         if own is None or own.shape != due.shape or not torch.equal(own.to(due.dtype), due):
             pair.problems.append(f"{linear.native}.bias: differs from {pair.model.checkpoint.where(linear.bias)}")
-    unpack = getattr(form, "unpack", None)
-    if unpack is not None:
-        found |= _emulated(weight, unpack(made))
+    if packed is not None:
+        found |= _emulated(weight, packed)
         if not found["emulated_rel_error"] <= EMULATED_LIMIT:
             wrong = f"{found['emulated_rel_error']:.4g}, at most {EMULATED_LIMIT} due"
             pair.problems.append(f"{linear.native}: the packed layer's output is off by {wrong}")

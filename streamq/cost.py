@@ -20,7 +20,7 @@ from streamq.plan import Plan
 from streamq.quantized import Scheme
 from streamq.wan import Expert, Linear
 
-# Candidates of SVDQuant's smoothing grids; turns that its low-rank search usually takes; directions beyond the rank.
+# Candidates of SVDQuant's smoothing grids; turns that its low-rank search is taken to need; directions beyond the rank.
 CANDIDATES = {"full": 39, "coarse": 18}
 USUAL_TURNS = 16
 SPARE = 8

@@ -16,7 +16,7 @@ import torch
 
 from streamq import hub, outputs, wan
 from streamq.checkpoint import Checkpoint, Source, read_header
-from streamq.compare import compare, read
+from streamq.compare import compare, layer_tensors, read
 from streamq.errors import StreamqError, UsageError
 from streamq.journal import JOURNAL
 from streamq.quantized import FOUR_BIT, OUTPUT_LIMIT
@@ -146,13 +146,9 @@ def _check_format(output: outputs.Output, checkpoint: Checkpoint, report: Report
 def _wrong_values(output: outputs.Output, checkpoint: Checkpoint, source: Source) -> list[str]:
     """Numbers that no packed layer has. Formats that pack nothing are asked only beside their source."""
     found: list[str] = []
-    if not hasattr(output.format, "unpack"):
-        return found
     for native, kind in output.format.layers_in(output.folder, checkpoint.tensors).items():
-        layer = wan.to_diffusers(native) or native
-        if kind != "float":
-            infos = ((n, i) for n, i in checkpoint.tensors.items() if n.startswith(f"{layer}."))
-            tensors = {name.removeprefix(f"{layer}."): read(source, info) for name, info in infos}
+        if kind in FOUR_BIT:
+            tensors = layer_tensors(output, checkpoint, source, native)
             found += [f"{native}.{one}" for one in output.format.contradictions(tensors)]
     return found
 

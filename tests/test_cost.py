@@ -13,6 +13,8 @@ import yaml
 from conftest import ROOT, run
 
 from streamq import cost
+from streamq.calibration import plan as calibrations
+from streamq.methods import gptq, low_rank, svdquant
 
 
 def planned(model: Path, recipe: str, tmp_path: Path, *more: object, **calibration: Any) -> dict[str, Any]:
@@ -56,3 +58,12 @@ def test_the_speed_is_measured_on_a_cpu_alone() -> None:
 def test_work_is_linear() -> None:
     one = cost.Work(3e9, 2e6)
     assert (one + one).seconds(cost.Speed(1e9, 1e6, True)) == pytest.approx(2 * (3 / cost.THIN + 2))
+
+
+def test_numbers_are_the_methods_own() -> None:
+    """The plan may not import torch, so it has them a second time."""
+    coarse = len(range(0, svdquant.STEPS, svdquant.COARSE)) * 2 + 2 * (svdquant.COARSE - 1)
+    assert {"full": len(svdquant.CANDIDATES), "coarse": coarse} == cost.CANDIDATES
+    assert low_rank.OVERSAMPLING == cost.SPARE and low_rank.WARM_ROUNDS + 1 == cost.WARM_ROUNDS
+    assert (calibrations.CPU_TILE, calibrations.DEVICE_TILE) == (low_rank.CPU_TILE_BYTES, low_rank.DEVICE_TILE_BYTES)
+    assert (calibrations.GPTQ_PART, calibrations.EXACT_SIDE) == (gptq.PART_BYTES, low_rank.EXACT_UP_TO)

@@ -202,6 +202,8 @@ def test_ranges_refuse_what_they_lack() -> None:
         _ = stats.mean
     with pytest.raises(ValueError, match="no such rounding"):
         fake_quantize(torch.zeros(1, 2), QConfig("per_block", "mxfp8"))
+    with pytest.raises(ValueError, match="no such rounding"):
+        fake_quantize(torch.zeros(1, 64), QConfig("per_group", "int4"))
 
 
 def test_fake_quantization_is_a_loop_over_elements() -> None:
@@ -214,12 +216,9 @@ def test_fake_quantization_is_a_loop_over_elements() -> None:
         return [round(float(v) / scale) * scale for v in vector]
 
     token = fake_quantize(x, QConfig("per_token", "int8"))
-    group = fake_quantize(x, QConfig("per_group", "int4"))
     for i in range(2):
         for j in range(3):
             torch.testing.assert_close(token[i, j], torch.tensor(loop(x[i, j], 127)))
-            expected = [v for g in x[i, j].split(64) for v in loop(g, 7)]
-            torch.testing.assert_close(group[i, j], torch.tensor(expected))
     static = StaticInput(0.05, -30.0)
     made = fake_quantize(x, TENSOR, static)
     expected = [[[(max(-128, min(127, round(float(v) / 0.05) - 30)) + 30) * 0.05 for v in r] for r in p] for p in x]

@@ -12,7 +12,6 @@ from streamq.quantized import QuantizedLinear, StaticInput
 EPS = 2.0**-23  # least scale, msModelSlim's
 TOKEN_FLOOR = 1e-8  # least scale of a row; keeps a row of zeros from 0 / 0
 PERCENTILE = 99.99
-GROUP = 64
 # Shares of the range that `mse` tries, eight to an octave, down to 1/64.
 MSE_SHARES = tuple(2.0 ** (-i / 8) for i in range(49))
 MSE_POINTS = 8  # in each histogram bin: a range clipped to 1/64 has steps narrower than a bin
@@ -112,15 +111,9 @@ def _mse(histogram: Histogram, lo: Tensor, hi: Tensor, symmetric: bool) -> Stati
 def fake_quantize(x: Tensor, config: QConfig, static: StaticInput | None = None) -> Tensor:
     """What the runtime's rounding leaves of x [..., K] fp32, as a new tensor (float: x itself).
 
-    int8 per_token: scale amax(row) / 127. int8 per_tensor: by `static`. int4 per_group: amax / 7 of each 64 columns
-    (`ext` key `group_size`), codes -7..7 (Nunchaku's). Raises ValueError for what no runtime has, or without `static`.
+    int8 per_token: scale amax(row) / 127. int8 per_tensor: by `static`. Raises ValueError for what no int8 runtime has
+    (4 bits in groups: `fourbit.fake_quantize_input`), or without `static`.
     """
-    if (config.dtype, config.scope) == ("int4", "per_group"):
-        group = int(dict(config.ext).get("group_size", GROUP))
-        if x.shape[-1] % group:
-            raise ValueError(f"{x.shape[-1]} columns are no multiple of the group size {group}")
-        codes, scale = _round(x.unflatten(-1, (-1, group)), 7, -7)
-        return codes.mul_(scale).flatten(-2)
     codes, factor = quantize_input(x, config, static)
     return codes if factor is None else codes.mul_(factor)
 
