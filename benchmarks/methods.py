@@ -34,7 +34,7 @@ from streamq.dtypes import TORCH_DTYPES
 from streamq.layers import Block, quantize
 from streamq.methods.int4 import awq4, quantize_groups
 from streamq.methods.statistics import InputStatistics, Wanted
-from streamq.quantized import Int8Rule, QuantizedLinear, Scheme
+from streamq.quantized import QuantizedLinear, Rule, Scheme
 from streamq.recipe import Recipe, parse_recipe
 from streamq.resolve import resolve
 from streamq.simulate import put_in
@@ -213,7 +213,7 @@ class Judge:
         for linear in self.model.linears:
             pair = pairs[linear.native]
             if pair is not None and pair.type is not None:
-                found[linear.name] = Scheme(pair.type, pair, Int8Rule(scale_floor=2.0**-23))
+                found[linear.name] = Scheme(pair.type, pair, Rule(scale_floor=2.0**-23))
         ways = dict.fromkeys({scheme.type for scheme in found.values()}, wan.WAYS)
         return smoothing.place(recipe, "table", ways, self.model, found).schemes
 

@@ -42,7 +42,7 @@ from streamq.calibration.store import CalibSet, open_set
 from streamq.checkpoint import Source
 from streamq.device.cpu import CPU
 from streamq.layers import Block, quantize
-from streamq.quantized import Int8Rule, QuantizedLinear, Scheme
+from streamq.quantized import QuantizedLinear, Rule, Scheme
 from streamq.recipe import parse_recipe
 from streamq.resolve import resolve
 from streamq.simulate import put_in
@@ -123,7 +123,7 @@ def by_streamq(expert: Expert, text: str, found: CalibSet, work: Path) -> dict[s
         pair = pairs[linear.native]
         if pair is not None and linear.name.startswith("blocks."):
             assert pair.type is not None, pair
-            plain[linear.name] = Scheme(pair.type, pair, Int8Rule())
+            plain[linear.name] = Scheme(pair.type, pair, Rule())
     schemes = smoothing.place(recipe, "table", WAYS, model, plain).schemes
     plan = plan_calibration([recipe], [schemes], [expert], found, 0)
     made: dict[str, QuantizedLinear] = {}

@@ -6,11 +6,12 @@ A format is a module with these names (see `Format`); adding one is a file and a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from streamq.quantized import Int8Rule, QuantizedLinear, Scheme
+from streamq.checkpoint import nbytes_of
+from streamq.quantized import QuantizedLinear, Rule, Scheme
 from streamq.wan import Linear, Model
 
 if TYPE_CHECKING:
@@ -26,13 +27,30 @@ class Spec:
     shape: tuple[int, ...]
     unit: str
 
+    @property
+    def nbytes(self) -> int:
+        """Its size in the file."""
+        return nbytes_of(self.dtype, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """What a recipe does to an attention module. `dtype`: `fp8_e4m3`, `mxfp4`, or "" for nothing; `rotated`: q, k."""
+
+    dtype: str = ""
+    rotated: bool = False
+
 
 @dataclass(frozen=True)
 class SaveOptions:
-    """What the user may ask of a format's files. `max_shard_size` in bytes, 0 for no limit."""
+    """What the user may ask of a format's files. `max_shard_size` in bytes, 0 for no limit.
+
+    attention: native name of an attention module (`blocks.0.self_attn`) -> what the recipe does to it.
+    """
 
     layout: str = "block"
     max_shard_size: int = 0
+    attention: Mapping[str, Attention] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,6 +73,18 @@ class Format(Protocol):
         """streamq's types -> the runtime's words."""
 
     @property
+    def CONTAINER(self) -> str:
+        """What its files are: safetensors or gguf."""
+
+    @property
+    def OUTER(self) -> bool:
+        """Whether linear layers outside blocks are quantized, too (`Model.outer_linears`)."""
+
+    @property
+    def ATTENTION(self) -> tuple[str, ...]:
+        """Steps of a recipe that change attention and that the runtime honours; () for none."""
+
+    @property
     def MODE(self) -> int:
         """Permission bits of every file."""
 
@@ -75,7 +105,7 @@ class Format(Protocol):
         """Type -> where the runtime honours a smoothing scale (`streamq.wan.groups`), what costs it least first."""
 
     @property
-    def RULES(self) -> Mapping[str | None, Int8Rule]:
+    def RULES(self) -> Mapping[str | None, Rule]:
         """`--match` tool (None: the default) -> its arithmetic."""
 
     def unfit(self, layer: Linear, scheme: Scheme) -> str | None:
@@ -93,8 +123,11 @@ class Format(Protocol):
     def encode_vector(self, smooth: Tensor) -> list[Tensor]:
         """Their values, from the vector [dim] by which the norm's output is to be divided."""
 
+    def rotation_specs(self, attention: str, head_dim: int) -> list[Spec]:
+        """The tensors that carry the rotation [head_dim, head_dim] of an attention module, by native name."""
+
     def passed_spec(self, name: str, dtype: str, shape: tuple[int, ...], unit: str) -> Spec:
-        """A tensor that stays float, by its name in NAMES; it keeps its bytes unless its dtype changes, to BF16."""
+        """A tensor that stays float, by its name in NAMES; its values are cast where the dtype changes."""
 
     def check(self, schemes: Schemes, options: SaveOptions) -> list[str]:
         """Warnings; raises UsageError for what the runtime could not load."""
@@ -111,8 +144,14 @@ class Format(Protocol):
     ) -> list[Document]:  # fmt: skip
         """Everything that is written besides tensors. `beside`: folders whose configuration files may be copied."""
 
-    def usage(self, folders: Mapping[str, Path]) -> list[str]:
-        """How to load what was written, in lines. `folders`: expert ("" for the only one) -> its folder."""
+    def root_documents(self, experts: Sequence[str], model: Model, schemes: Schemes) -> list[Document]:
+        """What lies once beside the experts' folders. `experts`: their names, `[""]` for the only one."""
+
+    def usage(self, folders: Mapping[str, str], model: Model, schemes: Schemes, options: SaveOptions) -> list[str]:
+        """How to load what was written, in lines of code or configuration, for the end of a run and the model card.
+
+        `folders`: expert ("" for the only one) -> its folder, as it is to be shown.
+        """
 
     def recognise(self, folder: Path) -> bool:
         """Whether a folder looks like this format's output."""

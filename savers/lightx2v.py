@@ -8,14 +8,13 @@ codes are made against the rounded one: what is computed with is what was meant.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamq.checkpoint import DTYPE_SIZE, load_json, read_header
+from streamq.checkpoint import load_json, read_header
 from streamq.errors import UsageError
-from streamq.quantized import Int8Rule, QuantizedLinear, Scheme
+from streamq.quantized import QuantizedLinear, Rule, Scheme
 from streamq.savers import Document, SaveOptions, Schemes, Spec
 from streamq.wan import Linear, Model, unit_of
 
@@ -23,14 +22,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TYPES = {"w8a8": "int8"}
+CONTAINER = "safetensors"
+OUTER = False
+ATTENTION = ()
 MODE = 0o644
 NAMES = "native"
 EXPERTS = {name: name for name in ("", "high_noise_model", "low_noise_model")}
 LAYOUTS = ("block", "single")
 WAYS = {"w8a8": ("norm", "adaln", "rows")}
-RULES: Mapping[str | None, Int8Rule] = {
-    None: Int8Rule(amax_floor=1e-5, scale_dtype="BF16", qmin=-127),
-    "lightx2v": Int8Rule(amax_floor=1e-5, scale_dtype="source", arithmetic="source"),
+RULES: Mapping[str | None, Rule] = {
+    None: Rule(amax_floor=1e-5, scale_dtype="BF16", qmin=-127),
+    "lightx2v": Rule(amax_floor=1e-5, scale_dtype="source", arithmetic="source"),
 }
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SINGLE = "diffusion_pytorch_model.safetensors"
@@ -75,6 +77,11 @@ def encode_vector(smooth: Tensor) -> list[Tensor]:
     """The bias multiplies AdaLN's shift; it is not added."""
     inverse = smooth.reciprocal()
     return [inverse, inverse]
+
+
+def rotation_specs(attention: str, head_dim: int) -> list[Spec]:
+    """LightX2V rotates nothing."""
+    return []
 
 
 def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str) -> Spec:
@@ -123,18 +130,23 @@ def documents(
     config = json.dumps(native, indent=2, sort_keys=True) + "\n"
     found = [Document("config.json", config.encode())]
     if options.layout != "single":
-        total = sum(math.prod(s.shape) * DTYPE_SIZE[s.dtype] for _, specs in files for s in specs)
+        total = sum(s.nbytes for _, specs in files for s in specs)
         weight_map = {spec.name: file for file, specs in files for spec in specs}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         found.append(Document(INDEX, (json.dumps(index, indent=2) + "\n").encode()))
     return found
 
 
-def usage(folders: Mapping[str, Path]) -> list[str]:
+def root_documents(experts: Sequence[str], model: Model, schemes: Schemes) -> list[Document]:
+    """None."""
+    return []
+
+
+def usage(folders: Mapping[str, str], model: Model, schemes: Schemes, options: SaveOptions) -> list[str]:
     """The keys of LightX2V's JSON. With two experts `dit_quantized_ckpt` stays unset, or both would load that one."""
     keys: dict[str, Any] = {"dit_quantized": True, "dit_quant_scheme": "int8-vllm"}
     names = {"high_noise_model": "high_noise_quantized_ckpt", "low_noise_model": "low_noise_quantized_ckpt"}
-    keys |= {names.get(expert, "dit_quantized_ckpt"): str(folder.resolve()) for expert, folder in folders.items()}
+    keys |= {names.get(expert, "dit_quantized_ckpt"): folder for expert, folder in folders.items()}
     return [json.dumps(keys, indent=1), "other int8 schemes read the same files; int8-npu: without lazy_load"]
 
 

@@ -8,15 +8,14 @@ made of `model_quant_type`.
 from __future__ import annotations
 
 import json
-import math
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamq.checkpoint import DTYPE_SIZE, load_json
+from streamq.checkpoint import load_json
 from streamq.errors import UsageError
-from streamq.quantized import Int8Rule, QuantizedLinear, Scheme
+from streamq.quantized import QuantizedLinear, Rule, Scheme
 from streamq.savers import Document, SaveOptions, Schemes, Spec
 from streamq.wan import Linear, Model, unit_of
 
@@ -24,6 +23,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TYPES = {"w8a8": "W8A8_DYNAMIC", "w8a8_static": "W8A8"}
+CONTAINER = "safetensors"
+OUTER = False
+ATTENTION = ("fa3_quant", "online_quarot")
 NAMES = "native"
 EXPERTS = {name: name for name in ("", "high_noise_model", "low_noise_model")}
 LAYOUTS = ()
@@ -31,9 +33,9 @@ LAYOUTS = ()
 WAYS = dict.fromkeys(TYPES, ("rows", "layer"))
 MODE = 0o640  # mindiesd raises PermissionError for anything wider
 FP32_EPS = 2.0**-23
-RULES: Mapping[str | None, Int8Rule] = {
-    None: Int8Rule(scale_floor=FP32_EPS),
-    "msmodelslim": Int8Rule(scale_floor=FP32_EPS, scale_dtype="source", arithmetic="source"),
+RULES: Mapping[str | None, Rule] = {
+    None: Rule(scale_floor=FP32_EPS),
+    "msmodelslim": Rule(scale_floor=FP32_EPS, scale_dtype="source", arithmetic="source"),
 }
 FLOAT = "FLOAT"
 MAX_FILE_BYTES = 100 << 30  # what mindiesd reads
@@ -95,6 +97,13 @@ def encode_vector(smooth: Tensor) -> list[Tensor]:
     return []
 
 
+def rotation_specs(attention: str, head_dim: int) -> list[Spec]:
+    """`q_rot` and `k_rot`, which are equal."""
+    return [
+        Spec(f"{attention}.{leaf}", "BF16", (head_dim, head_dim), unit_of(attention)) for leaf in ("q_rot", "k_rot")
+    ]
+
+
 def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str) -> Spec:
     """FLOAT tensors keep the source's dtype and bytes; mindiesd does not read them."""
     return Spec(name, dtype, shape, unit)
@@ -117,24 +126,20 @@ def _quant_type(schemes: Schemes) -> str:
 def files(specs: Sequence[Spec], schemes: Schemes, options: SaveOptions) -> list[tuple[str, list[Spec]]]:
     """One file, or msModelSlim's shards: a tensor that would reach the limit starts a new one."""
     if not options.max_shard_size:
-        size = sum(_nbytes(spec) for spec in specs)
+        size = sum(spec.nbytes for spec in specs)
         if size > MAX_FILE_BYTES:
             raise UsageError(f"mindie: {size} bytes of weights, mindiesd reads at most {MAX_FILE_BYTES}")
         return [(f"quant_model_weight_{_quant_type(schemes).lower()}.safetensors", list(specs))]
     shards: list[list[Spec]] = [[]]
     room = options.max_shard_size
     for spec in specs:
-        if shards[-1] and _nbytes(spec) >= room:
+        if shards[-1] and spec.nbytes >= room:
             shards.append([])
             room = options.max_shard_size
         shards[-1].append(spec)
-        room -= _nbytes(spec)
+        room -= spec.nbytes
     count = len(shards)
     return [(f"quant_model_weight-{i:05d}-of-{count:05d}.safetensors", shard) for i, shard in enumerate(shards, 1)]
-
-
-def _nbytes(spec: Spec) -> int:
-    return math.prod(spec.shape) * DTYPE_SIZE[spec.dtype]
 
 
 def metadata(model: Model, schemes: Schemes, options: SaveOptions) -> dict[str, str]:
@@ -157,7 +162,7 @@ def documents(
     name = f"quant_model_description_{_quant_type(schemes).lower()}.json"
     found = {name: json.dumps(description, indent=4).encode()}
     if options.max_shard_size:
-        total = sum(_nbytes(spec) for spec in specs)
+        total = sum(spec.nbytes for spec in specs)
         weight_map = {spec.name: file for file, shard in files for spec in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         found["quant_model_weight.safetensors.index.json"] = json.dumps(index, indent=2).encode()
@@ -170,12 +175,17 @@ def documents(
     return [Document(file, content) for file, content in found.items()]
 
 
-def usage(folders: Mapping[str, Path]) -> list[str]:
+def root_documents(experts: Sequence[str], model: Model, schemes: Schemes) -> list[Document]:
+    """None."""
+    return []
+
+
+def usage(folders: Mapping[str, str], model: Model, schemes: Schemes, options: SaveOptions) -> list[str]:
     """MindIE-SD replaces the layers of a float model that the pipeline has built."""
     lines = ["# the float model goes by Wan-AI's own module names (blocks.0.self_attn.q), whatever the source's were"]
     lines += ["import torch", "from mindiesd import quantize"]
     for expert, folder in folders.items():
-        description = next(folder.glob("quant_model_description*.json")).resolve()
+        description = f"{folder}/quant_model_description_{_quant_type(schemes).lower()}.json"
         lines.append(f'quantize({expert or "transformer"}, "{description}", dtype=torch.bfloat16)')
     return lines
 

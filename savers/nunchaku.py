@@ -17,27 +17,28 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamq.checkpoint import DTYPE_SIZE
 from streamq.errors import RunError, UsageError
 from streamq.pairs import Pair, QConfig
-from streamq.quantized import Int8Rule, LowRank, QuantizedLinear, Scheme
+from streamq.quantized import LowRank, QuantizedLinear, Rule, Scheme
 from streamq.savers import Document, SaveOptions, Schemes, Spec
 from streamq.savers import nunchaku_contents as contents
 from streamq.savers import nunchaku_layout as layout
 from streamq.wan import Linear, Model, to_native, unit_of
-from streamq.wan.config import diffusers_config, keeps_fp32
+from streamq.wan.config import CLASS, DIFFUSERS_VERSION, VACE_CLASS, diffusers_document, keeps_fp32
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 TYPES = contents.SECTIONS
+CONTAINER = "safetensors"
+OUTER = False
+ATTENTION = ()
 MODE = 0o644
 NAMES = "diffusers"
 EXPERTS = {"": "", "high_noise_model": "transformer", "low_noise_model": "transformer_2"}
 LAYOUTS = ("folder", "single")
 WAYS: Mapping[str, tuple[str, ...]] = {"w4a4": ("layer",), "w4a4_nvfp4": ("layer",), "w4a16": ()}
-RULES: Mapping[str | None, Int8Rule] = {None: Int8Rule()}
-DIFFUSERS_VERSION = "0.42.1"  # whose loader this was checked with
+RULES: Mapping[str | None, Rule] = {None: Rule()}
 SHARD_BYTES = 10**10  # diffusers' own default
 PLAIN_RANK = 16  # the least that the kernels take: zeros, where there is no low-rank branch
 _INT4, _NVFP4 = QConfig("per_group", "int4"), QConfig("per_group", "nvfp4")
@@ -184,6 +185,11 @@ def encode_vector(smooth: Tensor) -> list[Tensor]:
     return []
 
 
+def rotation_specs(attention: str, head_dim: int) -> list[Spec]:
+    """Nothing is rotated."""
+    return []
+
+
 def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str) -> Spec:
     """bf16, which the model runs in, but for the parameters that diffusers keeps in fp32 where it can."""
     return Spec(name, "BF16" if dtype in contents.FLOATS and not keeps_fp32(name) else dtype, shape, unit)
@@ -220,9 +226,9 @@ def files(specs: Sequence[Spec], schemes: Schemes, options: SaveOptions) -> list
     shards: list[list[Spec]] = []
     for _, group in groupby(specs, lambda spec: spec.name.rpartition(".")[0]):
         layer = list(group)
-        size = sum(map(_nbytes, layer))
+        size = sum(spec.nbytes for spec in layer)
         for part in [layer] if size <= limit else [[spec] for spec in layer]:
-            size = sum(map(_nbytes, part))
+            size = sum(spec.nbytes for spec in part)
             if not shards or size > room:
                 shards.append([])
                 room = limit
@@ -232,10 +238,6 @@ def files(specs: Sequence[Spec], schemes: Schemes, options: SaveOptions) -> list
         return [(contents.WHOLE, shards[0])]
     count = len(shards)
     return [(f"{contents.STEM}-{i:05d}-of-{count:05d}.safetensors", shard) for i, shard in enumerate(shards, 1)]
-
-
-def _nbytes(spec: Spec) -> int:
-    return math.prod(spec.shape) * DTYPE_SIZE[spec.dtype]
 
 
 def _svdq(schemes: Schemes) -> Scheme | None:
@@ -259,7 +261,7 @@ def metadata(model: Model, schemes: Schemes, options: SaveOptions) -> dict[str, 
     found = {"format": "pt"}
     if options.layout != "single":
         return found
-    config, svdq = _config(model), _svdq(schemes)
+    config, svdq = diffusers_document(model, "nunchaku"), _svdq(schemes)
     if svdq is None:
         words: dict[str, Any] = {"method": "awq", "weight": contents.single_words("w4a16")}
     else:
@@ -268,21 +270,6 @@ def metadata(model: Model, schemes: Schemes, options: SaveOptions) -> dict[str, 
     named = {"config": config, "quantization_config": words}
     found |= {key: json.dumps(value, sort_keys=True) for key, value in named.items()}
     return found | {"model_class": config["_class_name"]}
-
-
-def _config(model: Model) -> dict[str, Any]:
-    """diffusers' `config.json` of the float model: the source's own keys, and every init argument."""
-    if model.family in ("s2v", "animate"):
-        raise UsageError(
-            f"nunchaku: {model.checkpoint.root} is a {model.family} model, which diffusers' Wan transformer is not;"
-            " choose another --format"
-        )
-    given = dict(model.source_config) if model.layout == "diffusers" else {}
-    given.pop("quantization_config", None)
-    arguments = diffusers_config(model)
-    kind = contents.VACE_CLASS if "vace_layers" in arguments else contents.CLASS
-    made = {"_class_name": kind, "_diffusers_version": given.get("_diffusers_version", DIFFUSERS_VERSION)}
-    return given | arguments | made
 
 
 def documents(
@@ -300,11 +287,11 @@ def documents(
         if TYPES[scheme.type] == contents.SVDQ:
             section["rank"] = rank_of(scheme)
         quantization.setdefault(TYPES[scheme.type], section | {"targets": []})["targets"].append(linear.name)
-    config = json.loads(json.dumps(_config(model) | {"quantization_config": quantization}))
+    config = json.loads(json.dumps(diffusers_document(model, "nunchaku") | {"quantization_config": quantization}))
     _check_names(model, config, files, schemes)
     found = [Document("config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())]
     if len(files) > 1:
-        total = sum(_nbytes(spec) for _, specs in files for spec in specs)
+        total = sum(spec.nbytes for _, specs in files for spec in specs)
         weight_map = {spec.name: file for file, specs in files for spec in specs}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         found.append(Document(contents.INDEX, (json.dumps(index, indent=2) + "\n").encode()))
@@ -325,16 +312,19 @@ def _check_names(
         )
 
 
-def usage(folders: Mapping[str, Path]) -> list[str]:
+def root_documents(experts: Sequence[str], model: Model, schemes: Schemes) -> list[Document]:
+    """None."""
+    return []
+
+
+def usage(folders: Mapping[str, str], model: Model, schemes: Schemes, options: SaveOptions) -> list[str]:
     """The lines of a program with stock diffusers; the other parts come from the original pipeline."""
-    config = contents.config_of(next(iter(folders.values())))
-    if "quantization_config" not in config:
+    config = diffusers_document(model, "nunchaku")
+    if options.layout == "single":
         return ["nothing loads Wan from this single file at present; diffusers loads what is written without --layout"]
-    kind = config.get("_class_name", contents.CLASS)
+    kind = config.get("_class_name", CLASS)
     image = config.get("image_dim") is not None or config.get("in_channels", 16) > config.get("out_channels", 16)
-    pipeline = (
-        "WanVACEPipeline" if kind == contents.VACE_CLASS else "WanImageToVideoPipeline" if image else "WanPipeline"
-    )
+    pipeline = "WanVACEPipeline" if kind == VACE_CLASS else "WanImageToVideoPipeline" if image else "WanPipeline"
     lines = [
         f'# pip install "diffusers>={DIFFUSERS_VERSION}" kernels accelerate',
         "# an NVIDIA GPU: int4 from compute capability 7.5 on, nvfp4 from 10.0 on; neither runs on 9.0 (H100, H200)",
@@ -346,7 +336,7 @@ def usage(folders: Mapping[str, Path]) -> list[str]:
     names = []
     for expert, folder in folders.items():
         names.append(EXPERTS[expert] or "transformer")
-        path = json.dumps(str(folder.resolve()))
+        path = json.dumps(folder)
         lines.append(f"{names[-1]} = {kind}.from_pretrained({path}, torch_dtype=torch.bfloat16)")
     given = ", ".join(f"{name}={name}" for name in names)
     return [*lines, f'pipe = {pipeline}.from_pretrained("ORIGINAL_PIPELINE", {given}, torch_dtype=torch.bfloat16)']

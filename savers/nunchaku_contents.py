@@ -14,11 +14,11 @@ from typing import Any
 
 from streamq.checkpoint import load_json, parse_json
 from streamq.errors import UsageError
+from streamq.wan.config import CLASS, VACE_CLASS
 from streamq.wan.names import BLOCK_LINEARS
 
 STEM = "diffusion_pytorch_model"
 WHOLE, INDEX = f"{STEM}.safetensors", f"{STEM}.safetensors.index.json"
-CLASS, VACE_CLASS = "WanTransformer3DModel", "WanVACETransformer3DModel"
 SVDQ, AWQ = "svdq_w4a4", "awq_w4a16"
 SECTIONS = {"w4a4": SVDQ, "w4a4_nvfp4": SVDQ, "w4a16": AWQ}
 PRECISION = {"w4a4": "int4", "w4a4_nvfp4": "nvfp4", "w4a16": "int4"}

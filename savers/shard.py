@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -18,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamq.checkpoint import DTYPE_SIZE
 from streamq.errors import RunError
 from streamq.savers import Spec
 
@@ -55,7 +53,7 @@ def layout(
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     sizes, position = [], 0
     for spec in specs:
-        nbytes = math.prod(spec.shape) * DTYPE_SIZE[spec.dtype]
+        nbytes = spec.nbytes
         entries[spec.name] = {
             "dtype": spec.dtype,
             "shape": list(spec.shape),

@@ -15,7 +15,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ DTYPE_SIZE = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+# GGUF's words for blocks along the last dimension: elements and bytes of one.
+BLOCK_SIZE = {"Q8_0": (32, 34), "Q4_0": (32, 18)}
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 MAX_INDEX_BYTES = 64 << 20
 MAX_DIMENSIONS = 16
@@ -43,6 +45,14 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+
+def nbytes_of(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of a stored tensor, in safetensors' or GGUF's word for its dtype."""
+    if dtype in BLOCK_SIZE:
+        elements, size = BLOCK_SIZE[dtype]
+        return math.prod(shape) // elements * size
+    return math.prod(shape) * DTYPE_SIZE[dtype]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@ except results, so that `--json` can have stdout for itself."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -21,6 +22,7 @@ from streamq import cost
 from streamq.calibration.prepare import Outlook
 from streamq.calibration.settings import CalibSettings
 from streamq.calibration.store import CalibSet
+from streamq.card import FOLDER
 from streamq.device import Device
 from streamq.errors import format_bytes, format_duration
 from streamq.journal import Commit
@@ -197,9 +199,10 @@ def summary(plan: Plan, manifest: dict[str, Any], device: Device, seconds: float
     }
     root = plan.options.save_path
     usage = {
-        target.name: target.format.usage(
-            {part.expert.name: root / target.folder_of(part.expert) for part in plan.experts}
-        )
+        target.name: [
+            line.replace(FOLDER, json.dumps(str((root / target.folder).resolve()))[1:-1])
+            for line in plan.usage[target.name]
+        ]
         for target in plan.targets
     }
     return {

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -416,16 +417,23 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return document
 
 
+def figures(commits: Iterable[Commit]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Format -> layer -> what was measured of it."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for commit in commits:
+        for form, layers in commit.layers.items():
+            found.setdefault(form, {}).update(layers)
+    return found
+
+
 def write_manifest(plan: Plan, commits: list[Commit], hashes: dict[str, str]) -> dict[str, Any]:
     """Write `streamq.json`. `hashes`: path -> sha256 of every output file. Holds nothing that two runs differ in."""
     tensors: dict[str, dict[str, str]] = {}
-    figures: dict[str, dict[str, dict[str, Any]]] = {}
+    made = figures(commits)
     vectors: dict[str, dict[str, dict[str, str]]] = {}
     for commit in commits:
         for path, found in commit.tensors.items():
             tensors.setdefault(path, {}).update(found)
-        for form, layers in commit.layers.items():
-            figures.setdefault(form, {}).update(layers)
         for form, folded in commit.vectors.items():
             vectors.setdefault(form, {}).update(folded)
     synthetic = sorted({what for commit in commits for what in commit.synthetic})
@@ -446,7 +454,7 @@ def write_manifest(plan: Plan, commits: list[Commit], hashes: dict[str, str]) ->
                 "folder": target.folder,
                 "recipe": target.recipe.document,
                 "layers": {
-                    name: {"type": kind} | figures.get(target.name, {}).get(name, {})
+                    name: {"type": kind} | made.get(target.name, {}).get(name, {})
                     for name, kind in plan.layers[target.name].items()
                 },
             }

@@ -57,7 +57,7 @@ class Block:
 
         def settle(s: Tensor) -> Tensor:
             assert self.seen is not None
-            if scheme.packed:  # whose runtime keeps s itself
+            if scheme.four_bit:  # whose runtime keeps s itself
                 return s.clamp(*FP16_SAFE).to(HALF).float()
             norm = f"{block_of(smooth.group)}.{group_of(smooth.layers[0]).norm}.weight"
             if smooth.way == "norm":
@@ -106,7 +106,7 @@ def quantize(
     if layer.static is not None and (saturated := static_tensors(layer)[-1]):
         notes.append(f"{saturated} biases are too large for int32 at their scale, and were cut to it")
     error = report.get("output_rel_error")
-    if scheme.packed and isinstance(error, float) and error > OUTPUT_LIMIT:
+    if scheme.four_bit and isinstance(error, float) and error > OUTPUT_LIMIT:
         notes.append(f"its output is off by {error:.0%} on calibration data: leave it float, or give it another type")
     if notes:
         report["note"] = "; ".join(notes)

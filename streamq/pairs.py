@@ -27,27 +27,33 @@ class Pair:
     @property
     def type(self) -> str | None:
         """The quantization type (`w8a8`, …), or None for a pair that no runtime of streamq's has."""
-        scopes = {"int8": ("per_channel", "per_tensor"), "int4": ("per_group",), "nvfp4": ("per_group",)}
-        if self.weight.scope not in scopes.get(self.weight.dtype, ("per_block",)):
-            return None
-        return _TYPES.get((self.act.scope if self.act.dtype != "float" else "", self.act.dtype, self.weight.dtype))
+        return _TYPES.get((
+            self.act.scope if self.act.dtype != "float" else "", self.act.dtype, self.weight.scope, self.weight.dtype
+        ))  # fmt: skip
 
 
+_WHOLE = ("per_channel", "per_tensor")
+# (activation's scope and dtype, weight's scope and dtype) -> type. q8_0 and q4_0 are GGUF's blocks of 32.
 _TYPES = {
-    ("per_token", "int8", "int8"): "w8a8",
-    ("per_tensor", "int8", "int8"): "w8a8_static",
-    ("", "float", "int8"): "w8a16",
-    ("per_group", "int4", "int4"): "w4a4",
-    ("per_group", "nvfp4", "nvfp4"): "w4a4_nvfp4",
-    ("", "float", "int4"): "w4a16",
-    ("per_block", "mxfp8", "mxfp8"): "w8a8_mxfp8",
-    ("per_block", "mxfp4", "mxfp4"): "w4a4_mxfp4",
+    **{("per_token", "int8", scope, "int8"): "w8a8" for scope in _WHOLE},
+    **{("per_tensor", "int8", scope, "int8"): "w8a8_static" for scope in _WHOLE},
+    **{("", "float", scope, "int8"): "w8a16" for scope in _WHOLE},
+    **{("per_token", "fp8_e4m3", scope, "fp8_e4m3"): "fp8" for scope in _WHOLE},
+    ("", "float", "per_block", "int8"): "q8_0",
+    ("", "float", "per_block", "int4"): "q4_0",
+    ("per_group", "int4", "per_group", "int4"): "w4a4",
+    ("per_group", "nvfp4", "per_group", "nvfp4"): "w4a4_nvfp4",
+    ("", "float", "per_group", "int4"): "w4a16",
+    ("per_block", "mxfp8", "per_block", "mxfp8"): "w8a8_mxfp8",
+    ("per_block", "mxfp4", "per_block", "mxfp4"): "w4a4_mxfp4",
 }
 
 
 def fault(pair: Pair) -> tuple[str, str] | None:
     """(key below `qconfig`, what is wrong with it) of a pair that has a type; None if it can be worked with."""
     weight, act = pair.weight, pair.act
+    if pair.type in ("fp8", "q8_0", "q4_0"):
+        return _plain_fault(pair)
     if weight.dtype == "int8":
         return _int8_fault(pair)
     if weight.dtype not in ("int4", "nvfp4"):
@@ -71,6 +77,18 @@ def fault(pair: Pair) -> tuple[str, str] | None:
     return None
 
 
+def _plain_fault(pair: Pair) -> tuple[str, str] | None:
+    """Of types that are rounded as they are."""
+    for operand, config in (("weight", pair.weight), ("act", pair.act)):
+        if config.method not in ("minmax", "none"):
+            return f"{operand}.method", f"{config.method!r}; {pair.type} has minmax"
+        if not config.symmetric:
+            return f"{operand}.symmetric", f"False; {pair.type} is symmetric in every runtime"
+    if pair.weight.ext:
+        return f"weight.ext.{pair.weight.ext[0][0]}", f"not for {pair.type}"
+    return None
+
+
 def _int8_fault(pair: Pair) -> tuple[str, str] | None:
     weight, act = pair.weight, pair.act
     if not weight.symmetric:
@@ -81,6 +99,9 @@ def _int8_fault(pair: Pair) -> tuple[str, str] | None:
         return "weight.method", f"{weight.method!r}; int8 weights have minmax, mse, gptq"
     if weight.method == "gptq" and weight.scope != "per_channel":
         return "weight.scope", f"{weight.scope!r}; gptq has a scale per_channel"
+    convrot = dict(weight.ext).get("convrot")
+    if convrot is not None and (convrot not in (16, 64, 256) or pair.type != "w8a8" or weight.scope != "per_channel"):
+        return "weight.ext.convrot", f"{convrot}; 16, 64 or 256, with int8 per_token and int8 per_channel"
     if "weighted" in dict(weight.ext):
         return "weight.ext.weighted", "only for int4; int8 rows are clipped by their own error"
     if act.method in ("percentile", "mse") and act.scope != "per_tensor":

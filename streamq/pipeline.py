@@ -57,6 +57,8 @@ def run(plan: Plan, device: Device, watcher: Watcher) -> dict[str, Any] | None:
                 _run_expert(plan, part, todo, device, writers, journal, watcher)
         hashes = {writer.file.path: writer.publish() for writer in writers}
         for path, content, mode in plan.documents:
+            if path in plan.cards:
+                content = plan.cards[path].render(journals.figures(journal.commits))
             hashes[path] = write_whole(plan.options.save_path / path, content, mode)
         manifest = journals.write_manifest(plan, journal.commits, hashes)
         journal.remove()

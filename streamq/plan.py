@@ -11,7 +11,8 @@ import hashlib
 import json
 import math
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from streamq import __version__, recipe, wan
 from streamq.calibration import plan as calibrations
 from streamq.calibration.plan import CalibPlan
+from streamq.card import Card
 from streamq.checkpoint import TensorInfo
 from streamq.device import HOST_BASE, STAGE_CHUNK, STAGE_CHUNKS, MiB
 from streamq.errors import UsageError
@@ -42,12 +44,14 @@ class Output:
     """What one target gets from one step: `scheme` None means the source's own values, in the dtype of their places.
 
     `smooth`: a norm's tensor that is divided by this vector; or, in a step without sources, the vector itself.
+    `rotation`: in a step without sources, the head size of an attention module whose q and k are rotated; 0 for none.
     """
 
     target: int
     scheme: Scheme | None
     places: tuple[Place, ...]
     smooth: Smooth | None = None
+    rotation: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +137,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """See the module. `documents` are (path relative to the output folder, content, mode).
+    """See the module. `documents` are (path relative to the output folder, content, mode); `cards` are those of them
+    whose figures the run fills in, by path; `usage` is how each format is loaded, with `card.FOLDER` for its folder.
 
     `arena_nbytes` is the memory that all layers at work share, on the device: it bounds how much is read ahead.
     `replay_nbytes` is what a calibrated run takes on the device besides, `cache_nbytes` what it keeps in host memory;
@@ -150,6 +155,8 @@ class Plan:
     layers: dict[str, dict[str, str]]
     arena_nbytes: int
     warnings: tuple[str, ...]
+    cards: Mapping[str, Card] = field(default_factory=dict)
+    usage: Mapping[str, Sequence[str]] = field(default_factory=dict)
     calibration: CalibPlan | None = None
     replay_nbytes: int = 0
     cache_nbytes: int = 0

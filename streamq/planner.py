@@ -6,11 +6,12 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from streamq import hub, recipe, resolve, smoothing, wan
+from streamq import card, hub, recipe, resolve, smoothing, wan
 from streamq.calibration import make
 from streamq.calibration import plan as calibrations
 from streamq.calibration.plan import CalibPlan
 from streamq.calibration.store import open_set
+from streamq.card import Card
 from streamq.checkpoint import DTYPE_SIZE, TensorInfo
 from streamq.device import kind_of
 from streamq.errors import UsageError, nearest
@@ -26,10 +27,11 @@ from streamq.plan import (
     existing_parent,
     host_fixed,
 )
-from streamq.quantized import Scheme
-from streamq.savers import SaveOptions, Spec, formats
-from streamq.savers.shard import Place, TensorFile, layout
+from streamq.quantized import LABELS, Scheme
+from streamq.savers import Attention, Format, SaveOptions, Schemes, Spec, formats, shard
+from streamq.savers.shard import Place, TensorFile
 
+CONTAINERS = {"safetensors": shard.layout}
 GPTQ_ROWS = 2  # for each column: fewer, and it fits them instead of the model's inputs
 
 
@@ -65,6 +67,7 @@ def make_plan(options: QuantOptions, *, download: bool) -> Plan:
     elif options.calib:
         builder.warnings.append(f"--calib {options.calib}: not used, this recipe needs no data")
     parts = tuple(builder.expert(expert, placed[expert.name], calibration is not None) for expert in experts)
+    cards, usage = builder.cards(experts, calibration)
     replay = _replay_nbytes(parts, calibration, schemes, kind)
     arena, room = _arena_nbytes(parts, options, kind, calibration, replay)
     cache, making = 0, (0, 0)
@@ -75,7 +78,7 @@ def make_plan(options: QuantOptions, *, download: bool) -> Plan:
         cache = cache if calibration.in_memory else calibration.stream_nbytes
     return Plan(
         options, source_path, kind, tuple(targets), parts, tuple(builder.files), tuple(builder.documents),
-        builder.layers, arena, tuple(dict.fromkeys(builder.warnings)), calibration, replay, cache, making,
+        builder.layers, arena, tuple(dict.fromkeys(builder.warnings)), cards, usage, calibration, replay, cache, making,
     )  # fmt: skip
 
 
@@ -263,12 +266,15 @@ class _Builder:
         self.files: list[TensorFile] = []
         self.documents: list[tuple[str, bytes, int]] = []
         self.layers: dict[str, dict[str, str]] = {target.name: {} for target in targets}
+        self.schemes: dict[str, tuple[Schemes, SaveOptions]] = {}  # the last expert's: both have the same
 
     def placement(self, target: Target, expert: wan.Expert) -> smoothing.Placement:
         """What the target's recipe does to each layer, smoothing included."""
         model = expert.model
-        pairs, warnings = resolve.resolve(target.recipe, [linear.native for linear in model.linears])
-        schemes = {li.name: self.scheme(target, pair) for li in model.linears if (pair := pairs[li.native])}
+        linears = _linears(target, model)
+        pairs, warnings = resolve.resolve(target.recipe, [linear.native for linear in linears])
+        schemes = {li.name: self.scheme(target, pair) for li in linears if (pair := pairs[li.native])}
+        _check_outer(target, schemes)
         self.leave_unfit(target, model, schemes)
         placed = smoothing.place(target.recipe, target.name, target.format.WAYS, model, schemes)
         self.warnings.extend([*warnings, *placed.warnings])
@@ -282,7 +288,7 @@ class _Builder:
     def leave_unfit(self, target: Target, model: wan.Model, schemes: dict[str, Scheme]) -> None:
         """Take out the layers whose sizes the format's runtime has no kernel for."""
         reasons: dict[str, list[str]] = {}
-        for linear in model.linears:
+        for linear in _linears(target, model):
             if linear.name in schemes and (reason := target.format.unfit(linear, schemes[linear.name])):
                 reasons.setdefault(reason, []).append(linear.native)
                 del schemes[linear.name]
@@ -298,8 +304,11 @@ class _Builder:
     def expert(self, expert: wan.Expert, placed: list[smoothing.Placement], replay: bool) -> ExpertPlan:
         model = expert.model
         self.warnings.extend(model.warnings)
-        pieces = _pieces(model, [name for placement in placed for name in placement.beside], replay)
-        by_target = [self.target(*pair, expert, pieces) for pair in zip(self.targets, placed, strict=True)]
+        attention = [self.attention(target, model) for target in self.targets]
+        beside = [name for placement in placed for name in placement.beside]
+        rotated = [_rotation(name) for marks in attention for name, mark in marks.items() if mark.rotated]
+        pieces = _pieces(model, list(dict.fromkeys([*beside, *rotated])))
+        by_target = [self.target(*parts, expert, pieces) for parts in zip(self.targets, placed, attention, strict=True)]
         prefix = f"{expert.name}/" if expert.name else ""
         steps: dict[str, list[Step]] = {}
         for name, sources in pieces.items():
@@ -309,6 +318,7 @@ class _Builder:
                     placed[number].schemes.get(name),
                     tuple(places[spec] for spec in specs[name]),
                     placed[number].folded.get(name) or placed[number].beside.get(name),
+                    _head_dim(model) if name in rotated else 0,
                 )
                 for number, (specs, places) in enumerate(by_target)
                 if specs[name]
@@ -321,13 +331,29 @@ class _Builder:
             )
         return ExpertPlan(expert, tuple(Unit(prefix + unit, unit, tuple(found)) for unit, found in steps.items()))
 
+    def attention(self, target: Target, model: wan.Model) -> dict[str, Attention]:
+        """What the target's recipe does to attention modules, by native name."""
+        for step in target.recipe.process:
+            if isinstance(step, recipe.AttentionStep) and step.kind not in target.format.ATTENTION:
+                able = ", ".join(name for name, form in formats().items() if step.kind in form.ATTENTION)
+                raise UsageError(
+                    f"recipe {target.recipe.name}: {step.path}: {step.kind} is for {able}, the format {target.name} has"
+                    " nothing like it; take the step out"
+                )
+        modules = dict.fromkeys(
+            linear.native.removesuffix(".q") for linear in model.linears if linear.native.endswith("_attn.q")
+        )
+        return resolve.resolve_attention(target.recipe, list(modules))
+
     def target(
-        self, target: Target, placed: smoothing.Placement, expert: wan.Expert, pieces: dict[str, tuple[TensorInfo, ...]]
-    ) -> tuple[dict[str, list[str]], dict[str, Place]]:
+        self, target: Target, placed: smoothing.Placement, attention: dict[str, Attention], expert: wan.Expert,
+        pieces: dict[str, tuple[TensorInfo, ...]],
+    ) -> tuple[dict[str, list[str]], dict[str, Place]]:  # fmt: skip
         """Written names by piece, and the place of each written name, for one format and expert."""
         model, form, schemes = expert.model, target.format, placed.schemes
-        linears = {linear.name: linear for linear in model.linears}
-        by_native, save = {linear.native: schemes.get(n) for n, linear in linears.items()}, target.save
+        linears = {linear.name: linear for linear in _linears(target, model)}
+        by_native = {linear.native: schemes.get(n) for n, linear in linears.items()}
+        save = replace(target.save, attention=attention)
         self.warnings.extend(form.check(by_native, save))
         written: dict[str, list[Spec]] = {}
         for name, sources in pieces.items():
@@ -340,14 +366,18 @@ class _Builder:
                     names = tuple(model.native_name(source) for source in sources)
                 pairs = zip(names, sources, strict=True)
                 written[name] = [form.passed_spec(own, s.dtype, s.shape, unit) for own, s in pairs]
+            elif name in placed.beside:
+                written[name] = form.vector_specs(name, model.dim)
             else:
-                written[name] = form.vector_specs(name, model.dim) if name in placed.beside else []
+                marks = [module for module, mark in attention.items() if mark.rotated and _rotation(module) == name]
+                written[name] = [spec for module in marks for spec in form.rotation_specs(module, _head_dim(model))]
         files = form.files([spec for specs in written.values() for spec in specs], by_native, save)
         folder = target.folder_of(expert)
-        places = self.place(files, folder, form.MODE, form.metadata(model, by_native, save))
+        places = self.place(files, folder, form, form.metadata(model, by_native, save))
         beside = [self.source_path, model.checkpoint.root] if self.source_path.is_dir() else []
         for document in form.documents(model, files, by_native, save, beside):
             self.documents.append((f"{folder}/{document.name}".lstrip("/"), document.content, form.MODE))
+        self.schemes[target.name] = by_native, save
         label = f"{expert.name}/" if expert.name else ""
         kinds = {linear.native: schemes[n].label if n in schemes else "float" for n, linear in linears.items()}
         self.layers[target.name] |= {label + name: kind for name, kind in kinds.items()}
@@ -356,11 +386,12 @@ class _Builder:
     def scheme(self, target: Target, pair: recipe.Pair) -> Scheme:
         assert pair.type is not None
         if pair.type not in target.format.TYPES:
+            kind = LABELS.get(pair.type, pair.type)
             others = [name for name, form in formats().items() if pair.type in form.TYPES]
             instead = f"it is written for {', '.join(others)}" if others else "no format of this version has it"
             raise UsageError(
-                f"type {pair.type} does not go into the format {target.name}: {instead};"
-                f" {target.name} has {', '.join(target.format.TYPES)}"
+                f"type {kind} does not go into the format {target.name}: {instead};"
+                f" {target.name} has {', '.join(LABELS.get(own, own) for own in target.format.TYPES)}"
             )
         rule = target.format.RULES.get(self.options.match) or target.format.RULES[None]
         convert = target.recipe.model_config.get("convert_model_dtype")
@@ -368,12 +399,35 @@ class _Builder:
             rule = replace(rule, arithmetic="bf16")  # the tool to be matched would load the model so
         return Scheme(pair.type, pair, rule)
 
+    def cards(
+        self, experts: list[wan.Expert], calibration: CalibPlan | None
+    ) -> tuple[dict[str, Card], dict[str, list[str]]]:
+        """Every format's own documents and its model card, beside its experts' folders; and how it is loaded."""
+        found, usage = {}, {}
+        for target in self.targets:
+            form, (schemes, save) = target.format, self.schemes[target.name]
+            model, names = experts[0].model, [expert.name for expert in experts]
+            for document in form.root_documents(names, model, schemes):
+                path = f"{target.folder}/{document.name}".lstrip("/")
+                self.documents.append((path, document.content, form.MODE))
+            folders = {name: "/".join(part for part in (card.FOLDER, form.EXPERTS[name]) if part) for name in names}
+            usage[target.name] = form.usage(folders, model, schemes, save)
+            made = card.make_card(
+                target.name, self.layers[target.name], target.recipe.name, _facts(self.options, calibration),
+                usage[target.name], calibration is not None,
+            )  # fmt: skip
+            path = f"{target.folder}/{card.NAME}".lstrip("/")
+            found[path] = made
+            self.documents.append((path, made.render({}), form.MODE))
+        return found, usage
+
     def place(
-        self, files: list[tuple[str, list[Spec]]], folder: str, mode: int, metadata: dict[str, str]
+        self, files: list[tuple[str, list[Spec]]], folder: str, form: Format, metadata: dict[str, str]
     ) -> dict[str, Place]:
+        lay_out, mode = CONTAINERS[form.CONTAINER], form.MODE
         places: dict[str, Place] = {}
         for name, specs in files:
-            file, found = layout(f"{folder}/{name}".lstrip("/"), len(self.files), specs, mode, metadata)
+            file, found = lay_out(f"{folder}/{name}".lstrip("/"), len(self.files), specs, mode, metadata)
             self.files.append(file)
             for place in found:
                 if place.name in places:
@@ -382,18 +436,52 @@ class _Builder:
         return places
 
 
+def _linears(target: Target, model: wan.Model) -> tuple[wan.Linear, ...]:
+    """What the target's recipe can reach."""
+    return model.linears + (model.outer_linears if target.format.OUTER else ())
+
+
+def _check_outer(target: Target, schemes: dict[str, Scheme]) -> None:
+    """Calibration inputs go through blocks: no layer outside can be calibrated."""
+    for name, scheme in schemes.items():
+        if wan.block_of(name) is None and scheme.needs_data:
+            raise UsageError(
+                f"recipe {target.recipe.name}: {scheme.type} needs calibration inputs, and {wan.to_native(name)} lies"
+                ' outside the blocks, where there are none; give that step include: ["blocks.*"]'
+            )
+
+
+def _rotation(module: str) -> str:
+    """The piece that stands for an attention module's rotation."""
+    return f"{module}.rotation"
+
+
+def _head_dim(model: wan.Model) -> int:
+    return model.dim // int(model.native_config["num_heads"])
+
+
+def _facts(options: QuantOptions, calibration: CalibPlan | None) -> list[str]:
+    found = []
+    if options.match:
+        found.append(f"Weights and scales have the bytes of {options.match}'s arithmetic.")
+    if calibration is not None:
+        samples = next(iter(calibration.samples.values()))
+        found.append(f"Calibrated on {samples} samples a transformer.")
+    return found
+
+
 def _tensor_names(name: str, model: wan.Model, sources: tuple[TensorInfo, ...]) -> tuple[str, ...]:
     """Diffusers names of a step's tensors, weight before bias."""
     return (name,) if name in model.tensors else (f"{name}.weight", f"{name}.bias")[: len(sources)]
 
 
-def _pieces(model: wan.Model, beside: list[str], replay: bool) -> dict[str, tuple[TensorInfo, ...]]:
-    """Step name -> its tensors, in the order of work: linear layers whole, everything else one by one.
+def _pieces(model: wan.Model, beside: list[str]) -> dict[str, tuple[TensorInfo, ...]]:
+    """Step name -> its tensors, in the order of the model's forward: linear layers whole, everything else one by one.
 
-    `beside`: vectors that the run makes, without tensors; each comes last in its block. With `replay` the order is that
-    of the model's forward, elsewhere that of its modules.
+    `beside`: what the run makes, without tensors; each comes last in its block. The order is the same for every recipe
+    and format, so that a format's files do not depend on what is written beside them.
     """
-    linears = {linear.name: linear for linear in model.linears}
+    linears = {linear.name: linear for linear in model.linears + model.outer_linears}
     units: dict[str, dict[str, tuple[TensorInfo, ...]]] = {}
     for name, info in model.tensors.items():
         pieces = units.setdefault(wan.unit_of(name), {})
@@ -405,5 +493,5 @@ def _pieces(model: wan.Model, beside: list[str], replay: bool) -> dict[str, tupl
             pieces[name] = (info,)
     for name in beside:
         units[wan.unit_of(name)][name] = ()
-    order = [*model.replay_order, *(unit for unit in units if unit == "rest")] if replay else list(units)
+    order = [*model.replay_order, *(unit for unit in units if unit == "rest")]
     return {name: infos for unit in order for name, infos in units[unit].items()}

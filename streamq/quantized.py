@@ -14,18 +14,22 @@ from streamq.pairs import Pair
 if TYPE_CHECKING:
     import torch
 
+E2M1_TYPES = ("w4a4_nvfp4", "w4a4_mxfp4")
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by code; bit 3 is the sign
 ALL = slice(None)
 OUTPUT_LIMIT = 0.5  # of a 4-bit layer on calibration data: beyond, nothing of its output is left
-FOUR_BIT = ("w4a4", "w4a4_nvfp4", "w4a16")
+FOUR_BIT = ("w4a4", "w4a4_nvfp4", "w4a16")  # Nunchaku's, whose smoothing and scales are part of the type
+PACKED = (*FOUR_BIT, "w4a4_mxfp4", "q8_0", "q4_0")  # stored in other bytes than the codes
+LABELS = {"q8_0": "w8a16", "q4_0": "w4a16"}  # GGUF's blocks of 32 are its form of these types
 
 
 @dataclass(frozen=True)
-class Int8Rule:
+class Rule:
     """What a runtime, or the tool whose bytes are to be matched, does around `q = round(w / s)`.
 
-    `s = max(max(amax, amax_floor) / 127, scale_floor)`, rounded to `scale_dtype` before it is used. `arithmetic` "fp32"
-    and "bf16" cast weight and bias first; "source" does every operation in the checkpoint's own dtype.
+    `s = max(max(amax, amax_floor) / 127, scale_floor)` (e4m3: 448), rounded to `scale_dtype` before it is used.
+    `arithmetic`: "fp32" and "bf16" cast weight and bias first; "source" does every operation in the checkpoint's own
+    dtype; "torchao" is that library's (`methods.int8`, `methods.fp8`). `fp8_halves`: "even", or "away" from zero.
     """
 
     amax_floor: float = 0.0
@@ -33,6 +37,7 @@ class Int8Rule:
     scale_dtype: str = "F32"
     qmin: int = -128
     arithmetic: str = "fp32"
+    fp8_halves: str = "even"
 
 
 @dataclass(frozen=True)
@@ -67,14 +72,20 @@ class Scheme:
 
     type: str
     pair: Pair
-    rule: Int8Rule
+    rule: Rule
     smooth: Smooth | None = None
     rows: Smooth | None = None
 
     @property
     def label(self) -> str:
-        """The type as users see it. Smoothing is part of what the 4-bit types are."""
-        return f"{self.type}_smooth" if self.smooth and not self.packed else self.type
+        """The type as users see it. Smoothing is part of what Nunchaku's types are."""
+        kind = LABELS.get(self.type, self.type)
+        return f"{kind}_smooth" if self.smooth and not self.four_bit else kind
+
+    @property
+    def four_bit(self) -> bool:
+        """Whether it is one of Nunchaku's types."""
+        return self.type in FOUR_BIT
 
     @property
     def gram(self) -> bool:
@@ -92,8 +103,8 @@ class Scheme:
 
     @property
     def packed(self) -> bool:
-        """Whether a format stores other bytes than the codes, because two share a byte."""
-        return self.type in FOUR_BIT
+        """Whether a format stores other bytes than the codes: two in a byte, or scales among them."""
+        return self.type in PACKED
 
 
 @dataclass(frozen=True)
@@ -119,12 +130,16 @@ class LowRank:
 class QuantizedLinear:
     """A quantized linear layer, on whatever device it was made.
 
-    codes: int8 [out, in]: whole numbers (int8, int4 -7..7, w4a16 0..15), or e2m1's 4 bits as a number 0..15 (nvfp4).
-    scales: float32, equal to what is stored: [out, 1], or [out, in / group] where columns are in groups.
-    zeros: float32 [out, in / group], added behind the scales (w4a16). tensor_scale: float32 [1], of all scales (nvfp4).
+    codes: int8 [out, in]: whole numbers (int8, int4 -7..7, w4a16 and q4_0 0..15), or e2m1's 4 bits as a number 0..15
+    (nvfp4, mxfp4); for fp8 and mxfp8 float8_e4m3fn [out, in].
+    scales: float32, equal to what is stored: [out, 1] (fp8 with one scale a matrix too: all equal), or
+    [out, in / group] where columns are in groups (mx: powers of two).
+    zeros: float32 [out, in / group], added behind the scales (w4a16, q4_0). tensor_scale: float32 [1] (nvfp4).
     bias: source dtype [out], or None; divided by `rows` already. source_dtype: the float weight's own, in which some
     formats store scales. smooth: float32 [in], by which the runtime divides the input; rows: float32 [out], by which
     weight and bias are divided; static: the activation's fixed range; low_rank: the branch beside the codes.
+    rotation: 0, or the group size n of ConvRot: the codes stand for W · H^T, and x · H^T is fed to them
+    (`methods.rotation`).
     rel_error, cosine: of the weight against `effective()`, over all elements; 0.0 and 1.0 for a zero matrix.
     """
 
@@ -141,12 +156,13 @@ class QuantizedLinear:
     zeros: torch.Tensor | None = None
     tensor_scale: torch.Tensor | None = None
     low_rank: LowRank | None = None
+    rotation: int = 0
 
     def dequantize(self, part: slice = ALL) -> torch.Tensor:
         """The float32 weight [out, in], or some of its rows, that the runtime multiplies the codes of x with."""
         codes, scales = self.codes[part], self.scales[part]
-        weight = e2m1_values(codes) if self.scheme.type == "w4a4_nvfp4" else codes.float()
-        if not self.scheme.packed:
+        weight = e2m1_values(codes) if self.scheme.type in E2M1_TYPES else codes.float()
+        if scales.shape[1] == 1 and self.zeros is None:
             return weight.mul_(scales)
         if self.tensor_scale is not None:
             scales = scales * self.tensor_scale
@@ -158,6 +174,10 @@ class QuantizedLinear:
     def effective(self, part: slice = ALL) -> torch.Tensor:
         """The float32 weight [out, in], or some rows, that all of it stands for: what is compared with the source."""
         weight = self.dequantize(part)
+        if self.rotation:
+            from streamq.methods.rotation import unrotate
+
+            weight = unrotate(weight, self.rotation)
         if self.smooth is not None:
             weight = weight.div_(self.smooth)
         if self.low_rank is not None:

@@ -85,11 +85,23 @@ class SmoothStep:
 
 
 @dataclass(frozen=True)
+class AttentionStep:
+    """A step about attention itself. `kind` fa3_quant: computed in `dtype` (fp8_e4m3, mxfp4); or online_quarot: q and k
+    are rotated at run time."""
+
+    kind: str
+    dtype: str
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    path: str
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A recipe, checked. `document` is what the manifest keeps: the YAML without keys that only carry anchors."""
 
     name: str
-    process: tuple[LinearQuant | SmoothStep, ...]
+    process: tuple[LinearQuant | SmoothStep | AttentionStep, ...]
     format: str | None
     part_file_size: int
     model_config: dict[str, Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-SAVERS = {"mindie_format_saver": "mindie", "lightx2v_format_saver": "lightx2v", "nunchaku_format_saver": "nunchaku"}
+SAVERS = {f"{name}_format_saver": name for name in ("mindie", "lightx2v", "nunchaku", "diffusers", "comfyui", "gguf")}
 PROCESS_KINDS = {
     "linear_quant": {"type", "qconfig", "include", "exclude", "overrides"},
     "smooth_quant": {"type", "method", "alpha", "scale_min", "symmetric", "grid", "rows", "include", "exclude"},
@@ -21,10 +21,10 @@ LATER_KINDS = {
 }
 QCONFIG_VALUES: dict[str, tuple[str, ...]] = {
     "act.scope": ("per_token", "per_tensor", "per_block", "per_group"),
-    "act.dtype": ("int8", "int4", "nvfp4", "mxfp8", "mxfp4", "float"),
+    "act.dtype": ("int8", "fp8_e4m3", "int4", "nvfp4", "mxfp8", "mxfp4", "float"),
     "act.method": ("minmax", "percentile", "mse", "none"),
     "weight.scope": ("per_channel", "per_tensor", "per_block", "per_group"),
-    "weight.dtype": ("int8", "int4", "nvfp4", "mxfp8", "mxfp4"),
+    "weight.dtype": ("int8", "fp8_e4m3", "int4", "nvfp4", "mxfp8", "mxfp4"),
     "weight.method": ("minmax", "mse", "gptq", "svdquant", "mse_round", "ceil_x"),
 }
 # operand.method -> the keys of its `ext`, with the least and the most that each may be (bool and text: the values).
@@ -37,6 +37,7 @@ EXT_KEYS: dict[str, dict[str, tuple[Any, ...]]] = {  # fmt: skip
         "scales": ("minmax", "mse"),
         "weighted": (False, True),
     },
+    "weight.minmax": {"convrot": (16, 256)},
     "weight.mse": {"weighted": (False, True)},
     "weight.svdquant": {
         "rank": (16, 1024),

@@ -13,6 +13,7 @@ from streamq.errors import UsageError, nearest
 from streamq.pairs import Pair
 from streamq.patterns import matches
 from streamq.recipe import LinearQuant, Recipe, SmoothStep, parse_recipe
+from streamq.savers import Attention
 
 
 def resolve(recipe: Recipe, layers: Iterable[str]) -> tuple[dict[str, Pair | None], list[str]]:
@@ -65,6 +66,15 @@ def resolve_smoothing(recipe: Recipe, groups: Mapping[str, Sequence[str]]) -> di
             if included and not excluded:
                 chosen.setdefault(group, step)
     return chosen
+
+
+def resolve_attention(recipe: Recipe, modules: Sequence[str]) -> dict[str, Attention]:
+    """Attention module (native name, `blocks.0.self_attn`) -> what the recipe does to it; those left alone are absent.
+
+    Patterns of fa3_quant are matched on the module, those of online_quarot on `<module>.q_rot` and `.k_rot`.
+    Raises UsageError for an include that matches nothing, and for two fa3_quant steps that meet in one module.
+    """
+    return {}
 
 
 def _check_includes(recipe: Recipe, patterns: tuple[str, ...], path: str, names: list[str]) -> None:

@@ -63,5 +63,5 @@ def put_in(module: nn.Module, name: str, layer: QuantizedLinear) -> None:
     """Replace a block's linear layer by one of its type, for as long as the block lives."""
     linear = module.get_submodule(name)
     assert isinstance(linear, nn.Linear), name
-    made = EmulatedLinear(layer) if layer.scheme.packed else SimulatedLinear(layer, linear.weight.dtype)
+    made = EmulatedLinear(layer) if layer.scheme.four_bit else SimulatedLinear(layer, linear.weight.dtype)
     module.set_submodule(name, made)

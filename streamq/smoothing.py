@@ -92,7 +92,7 @@ def place(
 
 def _check_method(recipe: Recipe, step: SmoothStep, layers: tuple[str, ...], schemes: Mapping[str, Scheme]) -> None:
     for layer in layers:
-        four = schemes[layer].packed
+        four = schemes[layer].four_bit
         if four != (step.method == "svdquant") and not (four and step.method == "smoothquant"):
             right = "svdquant, or smoothquant with an alpha" if four else "smoothquant or awq"
             raise UsageError(

@@ -15,7 +15,8 @@ from streamq.dtypes import TORCH_DTYPES
 from streamq.errors import RunError
 from streamq.journal import Commit, Journal
 from streamq.layers import Block, is_finite, quantize
-from streamq.plan import ExpertPlan, Plan, Step, Target, Unit, aligned
+from streamq.methods.rotation import online_hadamard
+from streamq.plan import ExpertPlan, Output, Plan, Step, Target, Unit, aligned
 from streamq.quantized import QuantizedLinear, Scheme, encode_vector
 from streamq.savers.shard import Place, ShardWriter
 from streamq.stages import Arena, Lane, Watcher
@@ -86,7 +87,9 @@ def made(
     found: list[tuple[Place, torch.Tensor]] = []
     for output in step.outputs:
         target, smooth = work.plan.targets[output.target], output.smooth
-        if smooth is not None:
+        if output.rotation:
+            found += zip(output.places, _rotations(output, work), strict=True)
+        elif smooth is not None:
             vector = block.vector(smooth)
             divided = [(t.float() / vector).to(t.dtype) for t in tensors] or target.format.encode_vector(vector)
             found += zip(output.places, divided, strict=True)
@@ -110,6 +113,13 @@ def made(
                 commit.vectors.setdefault(target.name, {})[_label(folded.group, work)] = entry
             found += zip(output.places, _encoded(layer, target, step), strict=True)
     return found
+
+
+def _rotations(output: Output, work: Work) -> list[torch.Tensor]:
+    """The rotation of an attention module, once for q and once for k."""
+    made = online_hadamard(output.rotation)
+    on_device = work.device.empty(made.nbytes).view(made.dtype).view(made.shape).copy_(made)
+    return [on_device] * len(output.places)
 
 
 def _encoded(layer: QuantizedLinear, target: Target, step: Step) -> list[torch.Tensor]:

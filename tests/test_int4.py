@@ -12,14 +12,14 @@ from streamq.methods import int4
 from streamq.methods.report import compare
 from streamq.methods.statistics import InputStatistics, Wanted
 from streamq.pairs import Pair, QConfig
-from streamq.quantized import Int8Rule, QuantizedLinear, Scheme
+from streamq.quantized import QuantizedLinear, Rule, Scheme
 
 CPU = torch.device("cpu")
 
 
 def scheme(method: str = "minmax", **ext: Any) -> Scheme:
     weight = QConfig("per_group", "int4", False, method, tuple(ext.items()))
-    return Scheme("w4a16", Pair(QConfig("per_token", "float"), weight), Int8Rule())
+    return Scheme("w4a16", Pair(QConfig("per_token", "float"), weight), Rule())
 
 
 def made(w: torch.Tensor, method: str = "minmax", stats: InputStatistics | None = None, **ext: Any) -> QuantizedLinear:

@@ -16,17 +16,17 @@ from streamq.methods.report import compare, output_error
 from streamq.methods.smooth import awq, exact, exact_for_norm, search_alpha, smoothquant
 from streamq.methods.statistics import InputStatistics, Wanted
 from streamq.pairs import Pair, QConfig
-from streamq.quantized import Int8Rule, Scheme
+from streamq.quantized import Rule, Scheme
 
 CPU = torch.device("cpu")
 TOKEN, TENSOR = QConfig("per_token", "int8"), QConfig("per_tensor", "int8", symmetric=False)
 CHANNEL = QConfig("per_channel", "int8")
-PLAIN = Scheme("w8a8", Pair(TOKEN, CHANNEL), Int8Rule(scale_floor=2.0**-23))
-RULES = [Int8Rule(scale_floor=2.0**-23), Int8Rule(1e-5, 0.0, "BF16", -127), Int8Rule(arithmetic="source"),
-         Int8Rule(arithmetic="bf16")]  # fmt: skip
+PLAIN = Scheme("w8a8", Pair(TOKEN, CHANNEL), Rule(scale_floor=2.0**-23))
+RULES = [Rule(scale_floor=2.0**-23), Rule(1e-5, 0.0, "BF16", -127), Rule(arithmetic="source"),
+         Rule(arithmetic="bf16")]  # fmt: skip
 
 
-def scheme(act: QConfig = TOKEN, weight: QConfig = CHANNEL, rule: Int8Rule = RULES[0]) -> Scheme:
+def scheme(act: QConfig = TOKEN, weight: QConfig = CHANNEL, rule: Rule = RULES[0]) -> Scheme:
     return Scheme("w8a8", Pair(act, weight), rule)
 
 
@@ -192,7 +192,7 @@ def test_folding_into_a_norm_loses_nothing(dtype: torch.dtype, seed: int) -> Non
 @pytest.mark.parametrize("given", ["columns", "rows", "both"])
 @pytest.mark.parametrize("scope", ["per_channel", "per_tensor"])
 def test_smoothed_weights_are_those_of_the_product(
-    rule: Int8Rule, dtype: torch.dtype, given: str, scope: str, monkeypatch: pytest.MonkeyPatch
+    rule: Rule, dtype: torch.dtype, given: str, scope: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(int8, "CPU_TILE_BYTES", 4 * 48 * 5)
     torch.manual_seed(0)
@@ -220,7 +220,7 @@ def test_smoothed_weights_are_those_of_the_product(
 @pytest.mark.parametrize("method", ["minmax", "mse"])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_plain_errors_are_those_of_the_source(rule: Int8Rule, dtype: torch.dtype, method: str) -> None:
+def test_plain_errors_are_those_of_the_source(rule: Rule, dtype: torch.dtype, method: str) -> None:
     torch.manual_seed(0)
     w = torch.randn(30, 64).to(dtype)
     made = int8.quantize(w, None, scheme(TOKEN, QConfig("per_channel", "int8", method=method), rule))

@@ -41,8 +41,7 @@ from torch import Tensor
 from streamq import wan
 from streamq.checkpoint import Source
 from streamq.errors import UsageError
-from streamq.wan import Model, blocks
-from streamq.wan import config as configs
+from streamq.wan import Model, blocks, names
 from streamq.wan.blocks import BlockRunner, Flow, Shared, flow, names_in, parameter_dtype, tensors_of
 
 DEVICES = [
@@ -216,7 +215,7 @@ def test_mistakes_change_bits(cases: dict[str, Case], mistake: str, monkeypatch:
     elif mistake == "hint":
         shared = replace(shared, control_scale=torch.ones(2))
     elif mistake != "none":
-        monkeypatch.setattr(configs, "FP32_PARTS", configs.FP32_PARTS - {mistake})
+        monkeypatch.setattr(names, "FP32_PARTS", names.FP32_PARTS - {mistake})
     *_, (_, after) = replay(model, streams, shared, bf16)
     assert torch.equal(after["hidden"].float(), forward(case, bf16).residual) == (mistake == "none")
 

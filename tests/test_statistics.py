@@ -15,7 +15,7 @@ from streamq.methods.activation import fake_quantize, static_input, static_tenso
 from streamq.methods.int8 import quantize
 from streamq.methods.statistics import InputStatistics, Wanted, spread
 from streamq.pairs import Pair, QConfig
-from streamq.quantized import Int8Rule, QuantizedLinear, Scheme, StaticInput
+from streamq.quantized import QuantizedLinear, Rule, Scheme, StaticInput
 
 DATA = Path(__file__).parent / "data/mindie_static/layers.safetensors"
 CPU = torch.device("cpu")
@@ -230,7 +230,7 @@ def test_static_tensors_are_msmodelslims() -> None:
     tensors = load_file(DATA)
     names = [n[len("golden.") : -len(".deq_scale")] for n in tensors if n.endswith(".deq_scale")]
     assert len(names) > 8
-    rule = Int8Rule(scale_floor=2.0**-23)
+    rule = Rule(scale_floor=2.0**-23)
     for name in names:
         theirs = {k: tensors[f"golden.{name}.{k}"] for k in
                   ("weight", "deq_scale", "quant_bias", "input_scale", "input_offset")}  # fmt: skip
@@ -248,7 +248,7 @@ def test_static_tensors_are_msmodelslims() -> None:
 def test_a_bias_beyond_int32_saturates_and_is_counted() -> None:
     codes = torch.tensor([[1, 2], [0, 0], [3, -3], [0, 0]], dtype=torch.int8)
     scales = torch.tensor([[1e-7], [1e-7], [1.0], [0.0]])
-    scheme = Scheme("w8a8_static", Pair(TENSOR, INT8), Int8Rule())
+    scheme = Scheme("w8a8_static", Pair(TENSOR, INT8), Rule())
     layer = QuantizedLinear(scheme, codes, scales, torch.tensor([1e6, -1e6, 5.0, 0.0]), torch.float32, 0.0,
                             static=StaticInput(1e-3, 0.0))  # fmt: skip
     *_, bias, cut = static_tensors(layer)

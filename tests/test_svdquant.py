@@ -14,7 +14,7 @@ from torch import Tensor
 from streamq.methods import low_rank, svdquant
 from streamq.methods.statistics import InputStatistics, Wanted
 from streamq.methods.svdquant import CANDIDATES, InputRows, Options, alternate, options_of, outputs, quantize, search
-from streamq.quantized import Int8Rule, QuantizedLinear, Scheme
+from streamq.quantized import QuantizedLinear, Rule, Scheme
 from streamq.recipe import Pair, QConfig
 
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ def one_thread() -> Iterator[None]:
 
 def scheme(precision: str, method: str = "svdquant", **ext: Any) -> Scheme:
     act, weight = QConfig("per_group", precision), QConfig("per_group", precision, True, method, tuple(ext.items()))
-    return Scheme({"int4": "w4a4", "nvfp4": "w4a4_nvfp4"}[precision], Pair(act, weight), Int8Rule())
+    return Scheme({"int4": "w4a4", "nvfp4": "w4a4_nvfp4"}[precision], Pair(act, weight), Rule())
 
 
 @dataclass

@@ -24,7 +24,7 @@ from streamq.methods.activation import static_input
 from streamq.methods.gptq import gptq
 from streamq.methods.report import relative_and_cosine
 from streamq.methods.statistics import InputStatistics
-from streamq.quantized import Int8Rule, QuantizedLinear, Scheme
+from streamq.quantized import QuantizedLinear, Rule, Scheme
 
 QMAX = 127
 CPU_TILE_BYTES = 5 << 19  # 2.5 MiB of fp32: 128 rows of 5120; larger tiles fall out of the cache
@@ -225,7 +225,7 @@ class _Tile:
         torch.linalg.vector_norm(w, dim=1, out=norm[part])
 
 
-def _scale(amax: Tensor, rule: Int8Rule) -> Tensor:
+def _scale(amax: Tensor, rule: Rule) -> Tensor:
     """[rows, 1] amax -> the scale, in amax's dtype, rounded to what the runtime will keep of it."""
     # A divisor on the device: CUDA multiplies by the reciprocal of a Python number, which may cost the last bit.
     qmax = torch.full((), QMAX, dtype=amax.dtype, device=amax.device)
@@ -240,7 +240,7 @@ def _amax(weight: Tensor, step: int) -> Tensor:
     return torch.stack(parts).amax().reshape(1, 1)
 
 
-def _mse_amax(w: Tensor, amax: Tensor, rule: Int8Rule, work: _Tile) -> Tensor:
+def _mse_amax(w: Tensor, amax: Tensor, rule: Rule, work: _Tile) -> Tensor:
     """The clipping point per row, of MSE_RATIOS·amax, whose squared error is least; the largest of equals."""
     best = torch.full_like(amax, float("inf"), dtype=torch.float32)
     chosen = amax.clone()
@@ -254,7 +254,7 @@ def _mse_amax(w: Tensor, amax: Tensor, rule: Int8Rule, work: _Tile) -> Tensor:
     return torch.where(amax.isfinite(), chosen, amax)
 
 
-def _mse_whole(weight: Tensor, amax: Tensor, rule: Int8Rule, work: _Tile, parts: list[slice]) -> Tensor:
+def _mse_whole(weight: Tensor, amax: Tensor, rule: Rule, work: _Tile, parts: list[slice]) -> Tensor:
     """The same for one scale for the whole matrix; amax is [1, 1]."""
     best, chosen = float("inf"), amax
     lost, norm = (torch.empty(parts[0].stop, dtype=torch.float32, device=weight.device) for _ in range(2))
@@ -269,7 +269,7 @@ def _mse_whole(weight: Tensor, amax: Tensor, rule: Int8Rule, work: _Tile, parts:
     return chosen
 
 
-def _try(w: Tensor, amax: Tensor, rule: Int8Rule, work: _Tile, lost: Tensor, norm: Tensor) -> None:
+def _try(w: Tensor, amax: Tensor, rule: Rule, work: _Tile, lost: Tensor, norm: Tensor) -> None:
     """Row errors of a tile, clipped at amax ([rows, 1] or [1, 1])."""
     scale = _scale(amax, rule)
     q = torch.div(w, scale, out=work.q[: w.shape[0]]).round_().clamp_(rule.qmin, QMAX)

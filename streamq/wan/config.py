@@ -9,17 +9,10 @@ from typing import Any
 
 from streamq.errors import UsageError
 from streamq.wan.model import Model
+from streamq.wan.names import keeps_fp32 as keeps_fp32
 
-# `_keep_in_fp32_modules` of both diffusers classes, less `rope`, which has buffers only.
-FP32_PARTS = frozenset({"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"})
-
-
-def keeps_fp32(name: str) -> bool:
-    """Whether `from_pretrained` leaves a parameter, by its diffusers name, in fp32 whatever `torch_dtype` is.
-
-    diffusers compares whole name parts: `norm1` stays fp32 (in `image_embedder` too), `norm_q` does not.
-    """
-    return not FP32_PARTS.isdisjoint(name.split("."))
+DIFFUSERS_VERSION = "0.42.1"  # whose loader the formats were checked with
+CLASS, VACE_CLASS = "WanTransformer3DModel", "WanVACETransformer3DModel"
 
 
 def diffusers_config(model: Model) -> dict[str, Any]:
@@ -53,6 +46,24 @@ def diffusers_config(model: Model) -> dict[str, Any]:
         "rope_max_seq_len": model.source_config.get("rope_max_seq_len", 1024),
         "pos_embed_seq_len": shapes.get(f"{embedder}image_embedder.pos_embed", (None, None))[1],
     } | vace  # fmt: skip
+
+
+def diffusers_document(model: Model, form: str) -> dict[str, Any]:
+    """diffusers' `config.json` of the float model: the source's own keys, and every init argument.
+
+    `form`: the format that asks, for the message. Raises UsageError for a model that diffusers' classes are not.
+    """
+    if model.family in ("s2v", "animate"):
+        raise UsageError(
+            f"{form}: {model.checkpoint.root} is a {model.family} model, which diffusers' Wan transformer is not;"
+            " choose another --format"
+        )
+    given = dict(model.source_config) if model.layout == "diffusers" else {}
+    given.pop("quantization_config", None)
+    arguments = diffusers_config(model)
+    kind = VACE_CLASS if "vace_layers" in arguments else CLASS
+    made = {"_class_name": kind, "_diffusers_version": given.get("_diffusers_version", DIFFUSERS_VERSION)}
+    return given | arguments | made
 
 
 def vace_layers(model: Model) -> list[int]:

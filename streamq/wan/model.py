@@ -25,6 +25,7 @@ from streamq.wan.names import (
     TOP,
     TOP_BACK,
     block_of,
+    keeps_fp32,
     rename,
     to_diffusers,
     to_native,
@@ -74,7 +75,7 @@ MODEL_TYPES: dict[str, tuple[str, frozenset[str]]] = {
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer inside a block. `name` is the diffusers name; `weight` is [out, in], `bias` [out] or None."""
+    """A linear layer. `name` is the diffusers name; `weight` is [out, in], `bias` [out] or None."""
 
     name: str
     weight: TensorInfo
@@ -126,6 +127,16 @@ class Model:
                 continue
             layer = name.removesuffix(".weight")
             if layer.removeprefix(block + ".") in BLOCK_LINEARS + OPTIONAL_LINEARS:
+                found.append(Linear(layer, info, self.tensors.get(f"{layer}.bias")))
+        return tuple(found)
+
+    @cached_property
+    def outer_linears(self) -> tuple[Linear, ...]:
+        """The linear layers outside blocks whose weights diffusers does not keep in fp32, in model order."""
+        found = []
+        for name, info in self.tensors.items():
+            if block_of(name) is None and name.endswith(".weight") and len(info.shape) == 2 and not keeps_fp32(name):
+                layer = name.removesuffix(".weight")
                 found.append(Linear(layer, info, self.tensors.get(f"{layer}.bias")))
         return tuple(found)
 

@@ -54,6 +54,9 @@ BLOCK_ORDER = (
     *BLOCK_LINEARS[8:], "proj_in", "proj_out",
 )  # fmt: skip
 
+# `_keep_in_fp32_modules` of both diffusers classes, less `rope`, which has buffers only.
+FP32_PARTS = frozenset({"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"})
+
 
 def rename(name: str, block: dict[str, str], top: dict[str, str]) -> str | None:
     match = _NAME.fullmatch(name)
@@ -81,3 +84,11 @@ def block_of(name: str) -> str | None:
 def unit_of(name: str) -> str:
     """What is committed together: the tensor's block, or `"rest"` for everything outside blocks."""
     return block_of(name + ".") or "rest"
+
+
+def keeps_fp32(name: str) -> bool:
+    """Whether `from_pretrained` leaves a parameter, by its diffusers name, in fp32 whatever `torch_dtype` is.
+
+    diffusers compares whole name parts: `norm1` stays fp32 (in `image_embedder` too), `norm_q` does not.
+    """
+    return not FP32_PARTS.isdisjoint(name.split("."))
