@@ -186,6 +186,9 @@ class Format(Protocol):
 
 def formats() -> dict[str, Format]:
     """Name -> module, in the order in which help texts list them."""
-    from streamq.savers import lightx2v, mindie, nunchaku
+    from streamq.savers import comfyui, diffusers, gguf, lightx2v, mindie, nunchaku
 
-    return {"mindie": mindie, "lightx2v": lightx2v, "nunchaku": nunchaku}
+    return {
+        "mindie": mindie, "lightx2v": lightx2v, "nunchaku": nunchaku, "diffusers": diffusers, "comfyui": comfyui,
+        "gguf": gguf,
+    }  # fmt: skip

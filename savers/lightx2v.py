@@ -1,4 +1,4 @@
-"""LightX2V: native names, a file a block (or one file), and a native `config.json`.
+"""LightX2V: native names, a file a block (or one file), and a native `config.json`; int8, or fp8 (e4m3).
 
 Names, dtypes and files as read by ModelTC/LightX2V (`lightx2v/models/networks/wan/weights/`,
 `lightx2v/common/ops/mm/mm_weight.py`). Its plain loader rounds scales to bf16, so the scale is rounded first and the
@@ -8,6 +8,7 @@ codes are made against the rounded one: what is computed with is what was meant.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 from streamq.checkpoint import load_json, read_header
 from streamq.errors import UsageError
 from streamq.quantized import QuantizedLinear, Rule, Scheme
-from streamq.savers import Document, SaveOptions, Schemes, Spec
+from streamq.savers import Document, SaveOptions, Schemes, Spec, lightx2v_config, native
 from streamq.wan import Linear, Model, unit_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-TYPES = {"w8a8": "int8"}
+TYPES = {"w8a8": "int8", "fp8": "fp8"}
 CONTAINER = "safetensors"
 OUTER = False
 ATTENTION = ()
@@ -29,11 +30,12 @@ MODE = 0o644
 NAMES = "native"
 EXPERTS = {name: name for name in ("", "high_noise_model", "low_noise_model")}
 LAYOUTS = ("block", "single")
-WAYS = {"w8a8": ("norm", "adaln", "rows")}
+WAYS = dict.fromkeys(TYPES, ("norm", "adaln", "rows"))
 RULES: Mapping[str | None, Rule] = {
     None: Rule(amax_floor=1e-5, scale_dtype="BF16", qmin=-127),
-    "lightx2v": Rule(amax_floor=1e-5, scale_dtype="source", arithmetic="source"),
+    "lightx2v": Rule(amax_floor=1e-5, scale_dtype="source", arithmetic="source", fp8_halves="away"),
 }
+DTYPES = {"w8a8": "I8", "fp8": "F8_E4M3"}
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SINGLE = "diffusion_pytorch_model.safetensors"
 CONFIG_KEYS = ("dim", "ffn_dim", "in_dim", "num_heads", "num_layers")
@@ -51,7 +53,7 @@ def quantized_specs(layer: Linear, scheme: Scheme, options: SaveOptions) -> list
     unit = unit_of(layer.name)
     scale_dtype = layer.weight.dtype if scheme.rule.scale_dtype == "source" else "F32"
     specs = [
-        Spec(f"{layer.native}.weight", "I8", (rows, columns), unit),
+        Spec(f"{layer.native}.weight", DTYPES[scheme.type], (rows, columns), unit),
         Spec(f"{layer.native}.weight_scale", scale_dtype, (rows, 1), unit),
     ]
     if layer.bias is None:
@@ -90,7 +92,10 @@ def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str) -> Spe
 
 
 def check(schemes: Schemes, options: SaveOptions) -> list[str]:
-    """LightX2V reads every block linear with one scheme: one left float would be multiplied without its scale."""
+    """LightX2V reads every block linear with one scheme: one left float would be multiplied without its scale.
+
+    Its scales are per row. The fp8 that it has with one scale a matrix, `fp8-pertensor`, is another, static one.
+    """
     if options.max_shard_size:
         raise UsageError("lightx2v has a file a block, or one with --layout single; leave --max_shard_size out")
     left = [name for name, scheme in schemes.items() if scheme is None]
@@ -98,6 +103,27 @@ def check(schemes: Schemes, options: SaveOptions) -> list[str]:
         raise UsageError(
             f"lightx2v: the recipe leaves {len(left)} of {len(schemes)} block linears float ({left[0]}, …), but"
             " LightX2V reads all of them with one scheme; use a recipe without excludes (streamq recipes w8a8_all)"
+        )
+    first: dict[str, str] = {}
+    for name, scheme in schemes.items():
+        assert scheme is not None
+        first.setdefault(scheme.type, name)
+        weight = scheme.pair.weight
+        if scheme.type == "fp8" and weight.scope != "per_channel":
+            raise UsageError(
+                f"lightx2v: {name} has fp8 weights {weight.scope}, LightX2V reads a scale per row; use weight.scope"
+                " per_channel (streamq recipes fp8)"
+            )
+        if dict(weight.ext).get("convrot"):
+            raise UsageError(
+                f"lightx2v: {name} has convrot, but LightX2V turns no inputs: take it out of weight.ext, or choose"
+                " --format comfyui"
+            )
+    if len(first) > 1:
+        (one, name), (two, other) = list(first.items())[:2]
+        raise UsageError(
+            f"lightx2v: {one} for {name} and {two} for {other}, but LightX2V reads all block linears with one scheme;"
+            " give all of them the same one"
         )
     return []
 
@@ -138,16 +164,36 @@ def documents(
 
 
 def root_documents(experts: Sequence[str], model: Model, schemes: Schemes) -> list[Document]:
-    """None."""
-    return []
+    """A configuration to begin with; LightX2V takes none from here by itself."""
+    made = lightx2v_config.sample(model, _scheme(schemes), experts, smoothed=_smoothed(schemes))
+    return [Document(lightx2v_config.NAME, made)]
 
 
 def usage(folders: Mapping[str, str], model: Model, schemes: Schemes, options: SaveOptions) -> list[str]:
-    """The keys of LightX2V's JSON. With two experts `dit_quantized_ckpt` stays unset, or both would load that one."""
-    keys: dict[str, Any] = {"dit_quantized": True, "dit_quant_scheme": "int8-vllm"}
-    names = {"high_noise_model": "high_noise_quantized_ckpt", "low_noise_model": "low_noise_quantized_ckpt"}
-    keys |= {names.get(expert, "dit_quantized_ckpt"): folder for expert, folder in folders.items()}
-    return [json.dumps(keys, indent=1), "other int8 schemes read the same files; int8-npu: without lazy_load"]
+    """The keys of LightX2V's JSON, the command that takes it, and what fits which machine."""
+    scheme = _scheme(schemes)
+    keys = lightx2v_config.keys(scheme, folders, smoothed=_smoothed(schemes))
+    lines = [
+        json.dumps(keys, indent=1),
+        lightx2v_config.command(model, folders),
+        f"{lightx2v_config.NAME} has these keys and LightX2V's own settings; fill in where the folder lies. Without"
+        " FlashAttention 3: torch_sdpa for its three *_type",
+    ]
+    others = {"int8": "sgl, q8f, triton, torchao, npu", "fp8": "sgl, q8f, triton, torchao, intel-xpu"}[scheme]
+    lines.append(f"the same files serve {scheme}- with {others}; a quantized folder is no *_original_ckpt")
+    if scheme == "int8":
+        lines.append("int8-npu: a plain load, without lazy_load, which fails there")
+    return lines
+
+
+def _scheme(schemes: Schemes) -> str:
+    """`int8` or `fp8`: `check` sees to it that all layers have one."""
+    return next(TYPES[scheme.type] for scheme in schemes.values() if scheme is not None)
+
+
+def _smoothed(schemes: Schemes) -> bool:
+    """Whether there are affine tensors beside norms."""
+    return any(s is not None and s.smooth is not None and s.smooth.way == "adaln" for s in schemes.values())
 
 
 def recognise(folder: Path) -> bool:
@@ -158,7 +204,8 @@ def recognise(folder: Path) -> bool:
         _, infos = read_header(folder / SINGLE, folder)
     except UsageError:
         return False
-    return any(info.name.endswith(".weight_scale") for info in infos)
+    names = [info.name for info in infos]
+    return any(name.endswith(".weight_scale") for name in names) and not any(n.endswith(".comfy_quant") for n in names)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -169,8 +216,9 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def layers_in(folder: Path, tensors: Mapping[str, Any]) -> dict[str, str]:
     """Layer -> streamq's type, by the weights' dtypes."""
+    kinds = {dtype: kind for kind, dtype in DTYPES.items()}
     return {
-        name.removesuffix(".weight"): "w8a8" if info.dtype == "I8" else "float"
+        name.removesuffix(".weight"): kinds.get(info.dtype, "float")
         for name, info in tensors.items()
         if name.endswith(".weight") and len(info.shape) == 2 and unit_of(name) != "rest"
     }
@@ -180,35 +228,53 @@ def problems(folder: Path, tensors: Mapping[str, Any]) -> list[str]:
     """LightX2V loads a missing scale or bias as None, and every .safetensors in the folder, both without a word."""
     config = _config(folder)
     found = [f"config.json: no {key}, which LightX2V needs" for key in CONFIG_KEYS if key not in config]
-    for layer, kind in layers_in(folder, tensors).items():
-        rows = tensors[f"{layer}.weight"].shape[0]
-        if kind == "float":
-            found.append(f"{layer}.weight: {tensors[f'{layer}.weight'].dtype}, must be I8: LightX2V reads one scheme")
-            continue
-        scale, bias = tensors.get(f"{layer}.weight_scale"), tensors.get(f"{layer}.bias")
-        if scale is None:
-            found.append(f"{layer}.weight_scale: missing; LightX2V would load None")
-        elif scale.dtype not in ("F32", "BF16", "F16") or tuple(scale.shape) != (rows, 1):
-            found.append(f"{layer}.weight_scale: {scale.dtype} {list(scale.shape)}, must be F32 or BF16 [{rows}, 1]")
-        if bias is None:
-            found.append(f"{layer}.bias: missing; LightX2V would load None")
-        elif bias.dtype not in ("F32", "BF16", "F16") or tuple(bias.shape) != (rows,):
-            found.append(f"{layer}.bias: {bias.dtype} {list(bias.shape)}, must be a float [{rows}]")
-    affine = [name for name in tensors if ".affine_norm" in name]
+    kinds = layers_in(folder, tensors)
+    common = Counter(kind for kind in kinds.values() if kind != "float").most_common(1)
+    wanted = DTYPES[common[0][0]] if common else " or ".join(DTYPES.values())
+    for layer in kinds:
+        found += _layer_problems(layer, tensors, wanted)
+    lost = [name.removesuffix("_scale") for name in tensors if name.endswith(".weight_scale")]
+    found += [f"{name}: missing beside its scale" for name in lost if name not in tensors]
+    found += native.wrong_floats(tensors, kinds)
+    found += native.unrounded_scales(folder, tensors, "lightx2v", "lightx2v")
+    blocks = sorted({unit_of(name) for name in tensors if unit_of(name) != "rest"})
+    found += _affine_problems(config, blocks, tensors)
+    ours = {"non_block.safetensors", SINGLE} | {f"block_{block.partition('.')[2]}.safetensors" for block in blocks}
+    present = {path.name for path in folder.glob("*.safetensors")}
+    found += [f"{name}: LightX2V would load this file too; move it elsewhere" for name in sorted(present - ours)]
+    if SINGLE in present and len(present & ours) > 1:
+        found.append(f"{SINGLE}: beside files of blocks, and LightX2V would load both; move one of them elsewhere")
+    return found
+
+
+def _layer_problems(layer: str, tensors: Mapping[str, Any], wanted: str) -> list[str]:
+    """What is wrong with a block's linear layer. `wanted`: the weight's dtype, which all of them share."""
+    weight, scale = tensors[f"{layer}.weight"], tensors.get(f"{layer}.weight_scale")
+    rows = weight.shape[0]
+    found = native.wrong_bias(tensors, layer, (rows,), "; LightX2V would load None")
+    if weight.dtype != wanted:
+        return [*found, f"{layer}.weight: {weight.dtype}, must be {wanted}: LightX2V reads one scheme"]
+    if scale is None:
+        found.append(f"{layer}.weight_scale: missing; LightX2V would load None")
+    elif scale.dtype not in native.FLOATS or tuple(scale.shape) != (rows, 1):
+        found.append(f"{layer}.weight_scale: {scale.dtype} {list(scale.shape)}, must be F32 or BF16 [{rows}, 1]")
+    return found
+
+
+def _affine_problems(config: Mapping[str, Any], blocks: Sequence[str], tensors: Mapping[str, Any]) -> list[str]:
+    """Tensors beside norms: in every block or in none, and config.json says so."""
+    affine, found = [name for name in tensors if ".affine_norm" in name], []
     if affine and config.get("quant_method") != "advanced_ptq":
         found.append(f"config.json: no quant_method advanced_ptq, so LightX2V would leave {affine[0]} out")
-    blocks = sorted({unit_of(name) for name in tensors if unit_of(name) != "rest"})
+    elif not affine and "quant_method" in config:
+        found.append("config.json: quant_method, but there is no affine tensor, which LightX2V would look for")
     for block in blocks if affine else ():
         for name in (f"{block}.affine_{norm}.{leaf}" for norm in ("norm1", "norm3") for leaf in ("weight", "bias")):
             info = tensors.get(name)
             if info is None:
                 found.append(f"{name}: missing; LightX2V reads it in every block or in none")
-            elif info.dtype not in ("F32", "BF16", "F16") or tuple(info.shape) != (config.get("dim"),):
+            elif info.dtype not in native.FLOATS or tuple(info.shape) != (config.get("dim"),):
                 found.append(f"{name}: {info.dtype} {list(info.shape)}, must be F32 [{config.get('dim')}]")
-    ours = {"non_block.safetensors", SINGLE} | {f"block_{block.partition('.')[2]}.safetensors" for block in blocks}
-    for path in sorted(folder.glob("*.safetensors")):
-        if path.name not in ours:
-            found.append(f"{path.name}: LightX2V would load this file too; move it elsewhere")
     return found
 
 
@@ -223,8 +289,8 @@ def float_name(name: str) -> str | None:
 
 
 def contradictions(tensors: Mapping[str, Tensor]) -> list[str]:
-    """None of a layer's tensors follows from another."""
-    return []
+    """None of a layer's tensors follows from another; but e4m3 has codes that are no number."""
+    return native.wrong_codes(tensors["weight"])
 
 
 def decode(tensors: Mapping[str, Tensor]) -> Callable[[slice], Tensor]:

@@ -8,51 +8,52 @@ made of `model_quant_type`.
 from __future__ import annotations
 
 import json
-import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from streamq.checkpoint import load_json
 from streamq.errors import UsageError
-from streamq.quantized import QuantizedLinear, Rule, Scheme
+from streamq.quantized import QuantizedLinear, Rule, Scheme, e2m1_values
 from streamq.savers import Document, SaveOptions, Schemes, Spec
+from streamq.savers.mindie_contents import (
+    FLOAT,
+    KNOWN_MARKS,
+    LINEAR,
+    MARKED,
+    MARKS,
+    MAX_DOCUMENT_BYTES,
+    MUL_SCALE,
+    MX_BLOCK,
+    MX_TYPES,
+    ROTATIONS,
+    tensors_of,
+)
+from streamq.savers.mindie_contents import MODE as MODE
+from streamq.savers.mindie_contents import TYPES as TYPES
+from streamq.savers.mindie_contents import layers_in as layers_in
+from streamq.savers.mindie_contents import problems as problems
 from streamq.wan import Linear, Model, unit_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-TYPES = {"w8a8": "W8A8_DYNAMIC", "w8a8_static": "W8A8"}
 CONTAINER = "safetensors"
 OUTER = False
 ATTENTION = ("fa3_quant", "online_quarot")
 NAMES = "native"
 EXPERTS = {name: name for name in ("", "high_noise_model", "low_noise_model")}
 LAYOUTS = ()
-# Norms come from the original checkpoint, so nothing can be folded into them.
-WAYS = dict.fromkeys(TYPES, ("rows", "layer"))
-MODE = 0o640  # mindiesd raises PermissionError for anything wider
+# Norms come from the original checkpoint, so nothing can be folded into them. An MX layer could carry a scale for
+# mindiesd, but `methods.mx` makes none.
+WAYS: Mapping[str, tuple[str, ...]] = {kind: () if kind in MX_TYPES else ("rows", "layer") for kind in TYPES}
 FP32_EPS = 2.0**-23
 RULES: Mapping[str | None, Rule] = {
     None: Rule(scale_floor=FP32_EPS),
     "msmodelslim": Rule(scale_floor=FP32_EPS, scale_dtype="source", arithmetic="source"),
 }
-FLOAT = "FLOAT"
+NAN_CODES = (0x7F, 0xFF)  # of e4m3
 MAX_FILE_BYTES = 100 << 30  # what mindiesd reads
-MAX_DOCUMENT_BYTES = 64 << 20
-# A layer that carries a smoothing scale: the linear's tensors lie below LINEAR, the scale is MUL_SCALE.
-LINEAR, MUL_SCALE = "linear", "div.mul_scale"
-
-
-def _tensors(kind: str, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Suffix -> (dtype, shape) of a layer, but for its bias, which is typed FLOAT."""
-    if kind == "W8A8":
-        return {"weight": ("I8", (rows, columns)), "quant_bias": ("I32", (rows,)), "input_scale": ("F32", (1,)),
-                "input_offset": ("F32", (1,)), "deq_scale": ("F32", (rows,))}  # fmt: skip
-    return {"weight": ("I8", (rows, columns)), "weight_scale": ("F32", (rows, 1)), "weight_offset": ("F32", (rows, 1))}
-
-
-_TYPED = {suffix for kind in TYPES.values() for suffix in _tensors(kind, 1, 1)}
+_TYPED = {suffix for kind in TYPES.values() for suffix in tensors_of(kind, 1, 1)}
 
 
 def _carries(scheme: Scheme) -> bool:
@@ -65,26 +66,52 @@ def unfit(layer: Linear, scheme: Scheme) -> str | None:
 
 
 def quantized_specs(layer: Linear, scheme: Scheme, options: SaveOptions) -> list[Spec]:
-    """The type's tensors, the bias (always in F32), and the scale of the input where the layer carries one."""
+    """The type's tensors, the bias (always in F32), and the scale of the input where the layer carries one.
+
+    Raises UsageError for an MX layer whose inputs are no whole number of blocks, or that mindiesd cannot run.
+    """
     rows, columns = layer.weight.shape
+    if scheme.type in MX_TYPES and columns % MX_BLOCK:
+        raise UsageError(
+            f"mindie: {layer.native} has {columns} inputs, and {scheme.type} an exponent for every {MX_BLOCK}; exclude"
+            " it, or give it another type"
+        )
+    if scheme.type == "w8a8_mxfp8" and layer.bias is None:
+        raise UsageError(f"mindie: {layer.native} has no bias, without which mindiesd runs no w8a8_mxfp8; exclude it")
     unit, name = unit_of(layer.name), f"{layer.native}.{LINEAR}" if _carries(scheme) else layer.native
-    found = _tensors(TYPES[scheme.type], rows, columns)
+    found = tensors_of(TYPES[scheme.type], rows, columns)
     specs = [Spec(f"{name}.{suffix}", dtype, shape, unit) for suffix, (dtype, shape) in found.items()]
     specs += [] if layer.bias is None else [Spec(f"{name}.bias", "F32", (rows,), unit)]
     return specs + ([Spec(f"{layer.native}.{MUL_SCALE}", "F32", (columns,), unit)] if _carries(scheme) else [])
 
 
 def encode(layer: QuantizedLinear, options: SaveOptions) -> list[Tensor]:
-    """Offsets are zero (symmetric) and never read, but msModelSlim writes them."""
+    """int8's offsets are zero (symmetric) and never read, but msModelSlim writes them.
+
+    Two e2m1 codes share a byte, that of the even column in its low half. MX scales are stored as exponent + 127.
+    """
     if layer.scheme.type == "w8a8_static":
         from streamq.methods.activation import static_tensors
 
         input_scale, input_offset, deq_scale, quant_bias, _ = static_tensors(layer)
         tensors = [layer.codes, quant_bias, input_scale, input_offset, deq_scale]
+    elif layer.scheme.type in MX_TYPES:
+        from streamq.methods.mx import exponents
+
+        packed = layer.scheme.type == "w4a4_mxfp4"
+        tensors = [_packed(layer.codes) if packed else layer.codes, exponents(layer.scales)]
     else:
         tensors = [layer.codes, layer.scales, layer.scales.new_zeros(layer.scales.shape)]
     tensors += [] if layer.bias is None else [layer.bias.float()]
     return tensors + ([layer.smooth.reciprocal()] if _carries(layer.scheme) and layer.smooth is not None else [])
+
+
+def _packed(codes: Tensor) -> Tensor:
+    """e2m1 codes 0..15 [out, in] -> uint8 [out, in / 2]."""
+    import torch
+
+    wide = codes.view(torch.uint8)
+    return (wide[:, 1::2] << 4).bitwise_or_(wide[:, 0::2])
 
 
 def vector_specs(name: str, dim: int) -> list[Spec]:
@@ -98,10 +125,12 @@ def encode_vector(smooth: Tensor) -> list[Tensor]:
 
 
 def rotation_specs(attention: str, head_dim: int) -> list[Spec]:
-    """`q_rot` and `k_rot`, which are equal."""
-    return [
-        Spec(f"{attention}.{leaf}", "BF16", (head_dim, head_dim), unit_of(attention)) for leaf in ("q_rot", "k_rot")
-    ]
+    """`q_rot` and `k_rot`, which are equal. Raises UsageError for a size that no Hadamard matrix here has."""
+    if head_dim < 1 or head_dim & (head_dim - 1):
+        raise UsageError(
+            f"mindie: {attention} has heads of {head_dim}, online_quarot rotates by a power of two; take it out"
+        )
+    return [Spec(f"{attention}.{leaf}", "BF16", (head_dim, head_dim), unit_of(attention)) for leaf in ROTATIONS]
 
 
 def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str) -> Spec:
@@ -110,12 +139,25 @@ def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str) -> Spe
 
 
 def check(schemes: Schemes, options: SaveOptions) -> list[str]:
-    """Warns of shards, which the present runtime does not read."""
-    if not options.max_shard_size:
-        return []
-    return [
-        "mindie in shards: mindiesd 3.1.0 reads only the single file; leave --max_shard_size and part_file_size out"
-    ]
+    """Warns of shards, which the present runtime does not read, and of rotations that nothing is rotated by.
+
+    Raises UsageError for attention in FP8 without a rotation: mindiesd loads both of its tensors.
+    """
+    marks = options.attention
+    for module, mark in marks.items():
+        if mark.dtype and KNOWN_MARKS[MARKS[mark.dtype]] and not mark.rotated:
+            raise UsageError(
+                f"mindie: {module} in {mark.dtype} without q_rot and k_rot, which mindiesd then asks for; add an"
+                f" online_quarot step that includes {module}.*"
+            )
+    found = []
+    if options.max_shard_size:
+        found.append(
+            "mindie in shards: mindiesd 3.1.0 reads only the single file; leave --max_shard_size and part_file_size out"
+        )
+    if marks and not any(mark.dtype for mark in marks.values()):
+        found.append("mindie: online_quarot without fa3_quant: mindiesd rotates nothing where attention stays float")
+    return found
 
 
 def _quant_type(schemes: Schemes) -> str:
@@ -158,6 +200,9 @@ def documents(
         layer, _, suffix = spec.name.rpartition(".")
         scheme = schemes.get(layer.removesuffix(f".{LINEAR}"))
         description[spec.name] = TYPES[scheme.type] if scheme and suffix in _TYPED else FLOAT
+    for module, mark in options.attention.items():
+        if mark.dtype:
+            description[f"{module}.{MARKED}"] = MARKS[mark.dtype]
     description["model_quant_type"] = _quant_type(schemes)
     name = f"quant_model_description_{_quant_type(schemes).lower()}.json"
     found = {name: json.dumps(description, indent=4).encode()}
@@ -183,6 +228,10 @@ def root_documents(experts: Sequence[str], model: Model, schemes: Schemes) -> li
 def usage(folders: Mapping[str, str], model: Model, schemes: Schemes, options: SaveOptions) -> list[str]:
     """MindIE-SD replaces the layers of a float model that the pipeline has built."""
     lines = ["# the float model goes by Wan-AI's own module names (blocks.0.self_attn.q), whatever the source's were"]
+    if any(scheme and scheme.type == "w4a4_mxfp4" for scheme in schemes.values()):
+        lines.append("# W4A4_MXFP4 needs mindiesd 3.1.0 or newer")
+    if any(mark.dtype for mark in options.attention.values()):
+        lines.append("# attention in 8 or 4 bits: a model whose attention calls its fa_quant, which quantize() sets")
     lines += ["import torch", "from mindiesd import quantize"]
     for expert, folder in folders.items():
         description = f"{folder}/quant_model_description_{_quant_type(schemes).lower()}.json"
@@ -195,100 +244,25 @@ def recognise(folder: Path) -> bool:
     return len(list(folder.glob("quant_model_description*.json"))) == 1
 
 
-def _description(folder: Path) -> dict[str, str]:
-    path = next(iter(folder.glob("quant_model_description*.json")))
-    document = load_json(path, MAX_DOCUMENT_BYTES)
-    if not isinstance(document, dict) or not all(isinstance(kind, str) for kind in document.values()):
-        raise UsageError(f"{path}: not an object of texts; not a MindIE description")
-    return document
-
-
-def layers_in(folder: Path, tensors: Mapping[str, Any]) -> dict[str, str]:
-    """Layer -> streamq's type, by the description."""
-    back = {word: kind for kind, word in TYPES.items()} | {FLOAT: "float"}
-    description, found = _description(folder), {}
-    for name, kind in description.items():
-        if name.endswith(".weight") and len(tensors[name].shape if name in tensors else ()) == 2:
-            layer = name.removesuffix(".weight").removesuffix(f".{LINEAR}")
-            smooth = "_smooth" if f"{layer}.{MUL_SCALE}" in description else ""
-            found[layer] = back.get(kind, kind) + smooth
-    return found
-
-
-def problems(folder: Path, tensors: Mapping[str, Any]) -> list[str]:
-    """mindiesd ignores an unknown type without a word, and reads the weights under one name only."""
-    description = _description(folder)
-    path = next(iter(folder.glob("quant_model_description*.json")))
-    found = []
-    quant_type = description.pop("model_quant_type", None)
-    if quant_type is None:
-        found.append(f"{path.name}: no model_quant_type")
-    else:
-        wanted = f"quant_model_weight_{quant_type.lower()}.safetensors"
-        sharded = (folder / "quant_model_weight.safetensors.index.json").is_file()
-        if not sharded and not (folder / wanted).is_file():
-            found.append(f"{wanted} is missing: mindiesd looks for it by model_quant_type {quant_type}")
-        if path.name != f"quant_model_description_{quant_type.lower()}.json":
-            found.append(f"{path.name}: its model_quant_type is {quant_type}")
-    for file in (path, *folder.glob("quant_model_weight*.safetensors")):
-        mode = stat.S_IMODE(file.stat().st_mode)
-        if mode & ~MODE:
-            found.append(f"{file.name}: mode {mode:04o}, mindiesd refuses anything wider than {MODE:04o}; chmod 640 it")
-        if file.is_symlink():
-            found.append(f"{file.name}: a symbolic link, which mindiesd refuses")
-    found += [f"{name}: in the weights, not in {path.name}" for name in tensors if name not in description]
-    found += [f"{name}: in {path.name}, not in the weights" for name in description if name not in tensors]
-    known = {FLOAT, *TYPES.values()}
-    found += [f"{name}: unknown type {kind!r}" for name, kind in description.items() if kind not in known]
-    for name, info in tensors.items():
-        if description.get(name) in TYPES.values() and name.endswith(".weight"):
-            found += _layer_problems(name.removesuffix(".weight"), info, tensors, description)
-    return found
-
-
-def _layer_problems(
-    layer: str, weight: Any, tensors: Mapping[str, Any], description: Mapping[str, str]
-) -> list[str]:  # fmt: skip
-    found = []
-    rows, columns = weight.shape if len(weight.shape) == 2 else (0, 0)
-    kind = description[f"{layer}.weight"]
-    for suffix, (dtype, shape) in _tensors(kind, rows, columns).items():
-        info = tensors.get(f"{layer}.{suffix}")
-        if info is None:
-            found.append(f"{layer}.{suffix}: missing")
-        elif (info.dtype, tuple(info.shape)) != (dtype, tuple(shape)):
-            found.append(f"{layer}.{suffix}: {info.dtype} {list(info.shape)}, must be {dtype} {list(shape)}")
-        elif description.get(f"{layer}.{suffix}") != kind:
-            found.append(f"{layer}.{suffix}: typed {description.get(f'{layer}.{suffix}')}, must be {kind}")
-    bias = tensors.get(f"{layer}.bias")
-    if bias is not None and (bias.dtype, tuple(bias.shape)) != ("F32", (rows,)):
-        found.append(f"{layer}.bias: {bias.dtype} {list(bias.shape)}, must be F32 [{rows}]")
-    if layer.endswith(f".{LINEAR}"):
-        name = f"{layer.removesuffix(LINEAR)}{MUL_SCALE}"
-        scale = tensors.get(name)
-        if scale is None:
-            found.append(f"{name}: missing; without it mindiesd looks for {layer.removesuffix(f'.{LINEAR}')}.weight")
-        elif (scale.dtype, tuple(scale.shape)) != ("F32", (columns,)):
-            found.append(f"{name}: {scale.dtype} {list(scale.shape)}, must be F32 [{columns}]")
-    return found
-
-
 def float_shape(name: str, dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Nothing is packed."""
-    return shape
+    """Two columns share a byte in MXFP4."""
+    return (shape[0], 2 * shape[1]) if dtype == "U8" and len(shape) == 2 else shape
 
 
 def float_name(name: str) -> str | None:
     """The native name: that of the layer itself where a linear below it holds its tensors."""
     layer, _, suffix = name.rpartition(".")
-    if name.endswith(f".{MUL_SCALE}") or suffix in _TYPED and suffix != "weight":
+    if name.endswith(f".{MUL_SCALE}") or suffix in ROTATIONS or suffix in _TYPED and suffix != "weight":
         return None
     return f"{layer.removesuffix(f'.{LINEAR}')}.{suffix}" if layer else name
 
 
 def contradictions(tensors: Mapping[str, Tensor]) -> list[str]:
-    """A static layer's quant_bias follows from its bias, codes, scale and offset."""
+    """A static layer's quant_bias follows from its bias, codes, scale and offset; MX has no NaN in it."""
     below = f"{LINEAR}." if f"{LINEAR}.weight" in tensors else ""
+    scale = tensors.get(f"{below}weight_scale")
+    if scale is not None and not scale.is_floating_point():
+        return _not_numbers(tensors[f"{below}weight"], scale, below)
     if f"{below}deq_scale" not in tensors:
         return []
     from streamq.methods.activation import static_bias
@@ -305,10 +279,26 @@ def contradictions(tensors: Mapping[str, Tensor]) -> list[str]:
     return found
 
 
+def _not_numbers(codes: Tensor, exponents: Tensor, below: str) -> list[str]:
+    import torch
+
+    found = []
+    if bool((exponents == 255).any()):
+        found.append(f"{below}weight_scale: an exponent of 255, which is NaN")
+    if codes.dtype == torch.float8_e4m3fn:
+        raw = codes.view(torch.uint8)
+        if any(bool((raw == code).any()) for code in NAN_CODES):
+            found.append(f"{below}weight: NaN among its codes")
+    return found
+
+
 def decode(tensors: Mapping[str, Tensor]) -> Callable[[slice], Tensor]:
     """codes · scale, float32 [out, in], times the input's scale where the layer carries one."""
     below = f"{LINEAR}." if f"{LINEAR}.weight" in tensors else ""
     codes = tensors[f"{below}weight"]
+    scale = tensors.get(f"{below}weight_scale")
+    if scale is not None and not scale.is_floating_point():
+        return _decode_mx(codes, scale, tensors[MUL_SCALE] if below else None)
     if f"{below}deq_scale" in tensors:
         scales = (tensors[f"{below}deq_scale"] / tensors[f"{below}input_scale"]).unsqueeze(1)
     else:
@@ -321,8 +311,33 @@ def decode(tensors: Mapping[str, Tensor]) -> Callable[[slice], Tensor]:
     return rows_of
 
 
+def _decode_mx(codes: Tensor, exponents: Tensor, mul: Tensor | None) -> Callable[[slice], Tensor]:
+    """Raises ValueError for an exponent too many or too few."""
+    import torch
+
+    # 2^-127 is no normal float32: made in float64, so that it is not lost.
+    powers = torch.exp2(torch.arange(256, dtype=torch.float64) - 127)
+    powers[255] = float("nan")
+    powers = powers.float()
+
+    def rows_of(rows: slice) -> Tensor:
+        part = codes[rows]
+        if part.dtype == torch.uint8:
+            part = torch.stack([part & 15, part >> 4], dim=2).flatten(1)
+            values = e2m1_values(part)
+        else:
+            values = part.float()
+        scales = powers[exponents[rows].int()]
+        if values.shape[1] != MX_BLOCK * scales.shape[1]:
+            raise ValueError(f"{scales.shape[1]} exponents for {values.shape[1]} columns")
+        weight = values.unflatten(1, (-1, MX_BLOCK)).mul_(scales.unsqueeze(2)).flatten(1)
+        return weight if mul is None else weight * mul
+
+    return rows_of
+
+
 def unpack(tensors: Mapping[str, Tensor]) -> QuantizedLinear | None:
-    """Nothing is packed."""
+    """`decode` says all that there is to say."""
     return None
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +22,10 @@ from streamq.quantized import LowRank, QuantizedLinear, Rule, Scheme
 from streamq.savers import Document, SaveOptions, Schemes, Spec
 from streamq.savers import nunchaku_contents as contents
 from streamq.savers import nunchaku_layout as layout
+from streamq.savers.diffusers_model import EXPERTS as EXPERTS
+from streamq.savers.diffusers_model import FLOATS, config_of, described, program, split
 from streamq.wan import Linear, Model, to_native, unit_of
-from streamq.wan.config import CLASS, DIFFUSERS_VERSION, VACE_CLASS, diffusers_document, keeps_fp32
+from streamq.wan.config import DIFFUSERS_VERSION, diffusers_document, keeps_fp32
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,11 +36,9 @@ OUTER = False
 ATTENTION = ()
 MODE = 0o644
 NAMES = "diffusers"
-EXPERTS = {"": "", "high_noise_model": "transformer", "low_noise_model": "transformer_2"}
 LAYOUTS = ("folder", "single")
 WAYS: Mapping[str, tuple[str, ...]] = {"w4a4": ("layer",), "w4a4_nvfp4": ("layer",), "w4a16": ()}
 RULES: Mapping[str | None, Rule] = {None: Rule()}
-SHARD_BYTES = 10**10  # diffusers' own default
 PLAIN_RANK = 16  # the least that the kernels take: zeros, where there is no low-rank branch
 _INT4, _NVFP4 = QConfig("per_group", "int4"), QConfig("per_group", "nvfp4")
 _PAIRS = {
@@ -192,7 +191,7 @@ def rotation_specs(attention: str, head_dim: int) -> list[Spec]:
 
 def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str) -> Spec:
     """bf16, which the model runs in, but for the parameters that diffusers keeps in fp32 where it can."""
-    return Spec(name, "BF16" if dtype in contents.FLOATS and not keeps_fp32(name) else dtype, shape, unit)
+    return Spec(name, "BF16" if dtype in FLOATS and not keeps_fp32(name) else dtype, shape, unit)
 
 
 def check(schemes: Schemes, options: SaveOptions) -> list[str]:
@@ -222,22 +221,7 @@ def files(specs: Sequence[Spec], schemes: Schemes, options: SaveOptions) -> list
     """One file, or shards of at most `max_shard_size` bytes of tensors, between layers wherever one fits a shard."""
     if options.layout == "single":
         return [(_single_name(schemes), list(specs))]
-    limit, room = options.max_shard_size or SHARD_BYTES, 0
-    shards: list[list[Spec]] = []
-    for _, group in groupby(specs, lambda spec: spec.name.rpartition(".")[0]):
-        layer = list(group)
-        size = sum(spec.nbytes for spec in layer)
-        for part in [layer] if size <= limit else [[spec] for spec in layer]:
-            size = sum(spec.nbytes for spec in part)
-            if not shards or size > room:
-                shards.append([])
-                room = limit
-            shards[-1] += part
-            room -= size
-    if len(shards) == 1:
-        return [(contents.WHOLE, shards[0])]
-    count = len(shards)
-    return [(f"{contents.STEM}-{i:05d}-of-{count:05d}.safetensors", shard) for i, shard in enumerate(shards, 1)]
+    return split(specs, options.max_shard_size)
 
 
 def _svdq(schemes: Schemes) -> Scheme | None:
@@ -289,13 +273,7 @@ def documents(
         quantization.setdefault(TYPES[scheme.type], section | {"targets": []})["targets"].append(linear.name)
     config = json.loads(json.dumps(diffusers_document(model, "nunchaku") | {"quantization_config": quantization}))
     _check_names(model, config, files, schemes)
-    found = [Document("config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())]
-    if len(files) > 1:
-        total = sum(spec.nbytes for _, specs in files for spec in specs)
-        weight_map = {spec.name: file for file, specs in files for spec in specs}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        found.append(Document(contents.INDEX, (json.dumps(index, indent=2) + "\n").encode()))
-    return found
+    return described(config, files)
 
 
 def _check_names(
@@ -319,33 +297,21 @@ def root_documents(experts: Sequence[str], model: Model, schemes: Schemes) -> li
 
 def usage(folders: Mapping[str, str], model: Model, schemes: Schemes, options: SaveOptions) -> list[str]:
     """The lines of a program with stock diffusers; the other parts come from the original pipeline."""
-    config = diffusers_document(model, "nunchaku")
     if options.layout == "single":
         return ["nothing loads Wan from this single file at present; diffusers loads what is written without --layout"]
-    kind = config.get("_class_name", CLASS)
-    image = config.get("image_dim") is not None or config.get("in_channels", 16) > config.get("out_channels", 16)
-    pipeline = "WanVACEPipeline" if kind == VACE_CLASS else "WanImageToVideoPipeline" if image else "WanPipeline"
-    lines = [
+    return [
         f'# pip install "diffusers>={DIFFUSERS_VERSION}" kernels accelerate',
         "# an NVIDIA GPU: int4 from compute capability 7.5 on, nvfp4 from 10.0 on; neither runs on 9.0 (H100, H200)",
         "import os",
         'os.environ["DIFFUSERS_TRUST_REMOTE_KERNELS"] = "true"  # before diffusers is imported; it fetches the kernels',
-        "import torch",
-        f"from diffusers import {kind}, {pipeline}",
+        *program(diffusers_document(model, "nunchaku"), folders),
     ]
-    names = []
-    for expert, folder in folders.items():
-        names.append(EXPERTS[expert] or "transformer")
-        path = json.dumps(folder)
-        lines.append(f"{names[-1]} = {kind}.from_pretrained({path}, torch_dtype=torch.bfloat16)")
-    given = ", ".join(f"{name}={name}" for name in names)
-    return [*lines, f'pipe = {pipeline}.from_pretrained("ORIGINAL_PIPELINE", {given}, torch_dtype=torch.bfloat16)']
 
 
 def recognise(folder: Path) -> bool:
     """Whether diffusers would take the folder for a nunchaku_lite one, or the older container's file is in it."""
     try:
-        quantization = contents.config_of(folder).get("quantization_config")
+        quantization = config_of(folder).get("quantization_config")
     except UsageError:
         return False
     if isinstance(quantization, dict):
@@ -362,7 +328,7 @@ def layers_in(folder: Path, tensors: Mapping[str, Any]) -> dict[str, str]:
             found[to_native(layer)] = contents.kind_in(layer, tensors) or "float"
         elif suffix == "weight" and len(info.shape) == 2 and unit_of(name) != "rest":
             found.setdefault(to_native(layer), "float")
-    for layer, kind in contents.targets_of(contents.config_of(folder)).items():
+    for layer, kind in contents.targets_of(config_of(folder)).items():
         found.setdefault(to_native(layer), kind)
     return found
 

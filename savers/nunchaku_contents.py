@@ -1,24 +1,19 @@
 """What a Nunchaku checkpoint must hold, as far as headers and configuration tell, and what is wrong with one.
 
-Names, dtypes and shapes as diffusers' `quantizers/nunchaku/utils.py` creates them, and as its two Wan classes
-(`models/transformers/transformer_wan.py`, `transformer_wan_vace.py`) create everything else. diffusers raises only for
-a wrong shape: of a missing, an unknown or a cast tensor it warns at most.
+Names, dtypes and shapes as diffusers' `quantizers/nunchaku/utils.py` creates them; everything else is in
+`diffusers_model`. diffusers raises only for a wrong shape: of a missing, an unknown or a cast tensor it warns at most.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from streamq.checkpoint import load_json, parse_json
+from streamq.checkpoint import parse_json
 from streamq.errors import UsageError
-from streamq.wan.config import CLASS, VACE_CLASS
-from streamq.wan.names import BLOCK_LINEARS
+from streamq.savers.diffusers_model import FLOATS, IGNORED, Shape, config_of, file_problems, metadata_of, stock_shapes
 
-STEM = "diffusion_pytorch_model"
-WHOLE, INDEX = f"{STEM}.safetensors", f"{STEM}.safetensors.index.json"
 SVDQ, AWQ = "svdq_w4a4", "awq_w4a16"
 SECTIONS = {"w4a4": SVDQ, "w4a4_nvfp4": SVDQ, "w4a16": AWQ}
 PRECISION = {"w4a4": "int4", "w4a4_nvfp4": "nvfp4", "w4a16": "int4"}
@@ -29,13 +24,7 @@ ORIG = "smooth_factor_orig"
 PACKED = frozenset(
     ("qweight", "wscales", "wzeros", "smooth_factor", ORIG, "proj_down", "proj_up", "wcscales", "wtscale")
 )
-FLOATS = ("F32", "BF16", "F16")
 _HALF = {"bfloat16": "BF16", "float16": "F16"}
-_MAX_JSON_BYTES = 64 << 20
-_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-_MOST, _MOST_BLOCKS = 1 << 20, 1000  # of any size in a configuration
-_IGNORED = ".norm_added_q."  # in some files, and skipped by diffusers itself
-Shape = tuple[int, ...]
 
 
 def tensors_of(kind: str, rows: int, columns: int, rank: int, *, single: bool = False) -> dict[str, tuple[str, Shape]]:
@@ -94,114 +83,13 @@ def packed_layers(tensors: Mapping[str, Any]) -> list[str]:
     return [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
 
 
-def config_of(folder: Path) -> dict[str, Any]:
-    """A folder's `config.json`; {} where there is none. Raises UsageError for one that is no JSON object."""
-    path = folder / "config.json"
-    config = load_json(path, _MAX_JSON_BYTES) if path.is_file() else {}
-    if not isinstance(config, dict):
-        raise UsageError(f"{path}: not a JSON object; not a diffusers configuration")
-    return config
-
-
 def single_file(folder: Path) -> tuple[Path, dict[str, str]] | None:
     """The older container's file in a folder and its metadata; None unless there is exactly one that has any."""
     found = [path for path in sorted(folder.glob("*.safetensors")) if path.name.startswith(("svdq-", "awq-"))]
     if len(found) != 1:
         return None
-    metadata = _metadata(found[0])
+    metadata = metadata_of(found[0])
     return (found[0], metadata) if "quantization_config" in metadata else None
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    try:
-        with open(path, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = parse_json(stream.read(length), str(path)) if length <= _MAX_HEADER_BYTES else {}
-    except (OSError, UsageError):
-        return {}
-    metadata = header.get("__metadata__") if isinstance(header, dict) else None
-    if not isinstance(metadata, dict):
-        return {}
-    return {key: text for key, text in metadata.items() if isinstance(text, str)}
-
-
-def stock_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
-    """Every parameter of the diffusers class that a `config.json` names -> its shape, before anything is quantized.
-
-    Raises UsageError for a configuration that no such class could be built from.
-    """
-    kind = config.get("_class_name")
-    if kind not in (CLASS, VACE_CLASS):
-        raise UsageError(f"config.json: _class_name {str(kind)[:80]!r}, must be {CLASS} or {VACE_CLASS}")
-    patch = config.get("patch_size", [1, 2, 2])
-    if not isinstance(patch, list) or len(patch) != 3 or not all(type(size) is int for size in patch):
-        raise UsageError(f"config.json: patch_size {str(patch)[:80]}, must be three whole numbers")
-    width = _whole(config, "num_attention_heads", 40) * _whole(config, "attention_head_dim", 128)
-    blocks = _whole(config, "num_layers", 40, _MOST_BLOCKS)
-    found = _outside(config, width, patch)
-    inside = _block(config, width)
-    names = [f"blocks.{i}" for i in range(blocks)]
-    if kind == VACE_CLASS:
-        layers = config.get("vace_layers", list(range(0, 40, 5)))
-        if not isinstance(layers, list) or not 0 < len(layers) <= blocks:
-            raise UsageError(f"config.json: vace_layers {str(layers)[:80]}, must be a list of at most {blocks} blocks")
-        names += [f"vace_blocks.{i}" for i in range(len(layers))]
-        found |= _linear("vace_patch_embedding", width, _whole(config, "vace_in_channels", 96), *patch)
-        found |= _linear("vace_blocks.0.proj_in", width, width)
-        for i in range(len(layers)):
-            found |= _linear(f"vace_blocks.{i}.proj_out", width, width)
-    return found | {f"{block}.{name}": shape for block in names for name, shape in inside.items()}
-
-
-def _outside(config: Mapping[str, Any], width: int, patch: list[int]) -> dict[str, Shape]:
-    channels = _whole(config, "in_channels", 16)
-    out = _whole(config, "out_channels", 16) if config.get("out_channels", 16) else channels
-    embedder = "condition_embedder"
-    found: dict[str, Shape] = {"scale_shift_table": (1, 2, width)}
-    found |= _linear("patch_embedding", width, channels, *patch)
-    found |= _linear("proj_out", out * math.prod(patch), width)
-    for part, size in (("text", _whole(config, "text_dim", 4096)), ("time", _whole(config, "freq_dim", 256))):
-        found |= _linear(f"{embedder}.{part}_embedder.linear_1", width, size)
-        found |= _linear(f"{embedder}.{part}_embedder.linear_2", width, width)
-    found |= _linear(f"{embedder}.time_proj", 6 * width, width)
-    if config.get("image_dim") is None:
-        return found
-    image, embedder = _whole(config, "image_dim", 0), f"{embedder}.image_embedder"
-    found |= _linear(f"{embedder}.norm1", image) | _linear(f"{embedder}.norm2", width)
-    found |= _linear(f"{embedder}.ff.net.0.proj", image, image) | _linear(f"{embedder}.ff.net.2", width, image)
-    if config.get("pos_embed_seq_len") is not None:
-        found[f"{embedder}.pos_embed"] = (1, _whole(config, "pos_embed_seq_len", 0), image)
-    return found
-
-
-def _block(config: Mapping[str, Any], width: int) -> dict[str, Shape]:
-    """A block's parameters, by their names in it."""
-    feed = _whole(config, "ffn_dim", 13824)
-    sizes = {"ffn.net.0.proj": (feed, width), "ffn.net.2": (width, feed)}
-    found: dict[str, Shape] = {"scale_shift_table": (1, 6, width)}
-    for layer in BLOCK_LINEARS:
-        found |= _linear(layer, *sizes.get(layer, (width, width)))
-    for attention in ("attn1", "attn2"):
-        found |= {f"{attention}.norm_{part}.weight": (width,) for part in "qk"}
-    if config.get("cross_attn_norm", True):
-        found |= _linear("norm2", width)
-    if config.get("added_kv_proj_dim") is not None:
-        added = _whole(config, "added_kv_proj_dim", 0)
-        found |= _linear("attn2.add_k_proj", width, added) | _linear("attn2.add_v_proj", width, added)
-        found["attn2.norm_added_k.weight"] = (width,)
-    return found
-
-
-def _linear(name: str, *shape: int) -> dict[str, Shape]:
-    """Weight and bias, of a norm, too."""
-    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-
-
-def _whole(config: Mapping[str, Any], key: str, default: int, most: int = _MOST) -> int:
-    value = config.get(key, default)
-    if type(value) is not int or not 0 < value <= most:
-        raise UsageError(f"config.json: {key} {str(value)[:80]!r}, must be a whole number from 1 to {most}")
-    return value
 
 
 def problems(folder: Path, tensors: Mapping[str, Any]) -> list[str]:
@@ -219,7 +107,7 @@ def problems(folder: Path, tensors: Mapping[str, Any]) -> list[str]:
     rank = quantization[SVDQ].get("rank") if isinstance(quantization.get(SVDQ), dict) else 0
     found += wrong
     found += wrong_contents(config, targets, rank if type(rank) is int else 0, tensors, half or "BF16", single=False)
-    return found + _file_problems(folder, tensors)
+    return found + file_problems(folder, tensors)
 
 
 def targets_of(config: Mapping[str, Any]) -> dict[str, str]:
@@ -300,7 +188,7 @@ def wrong_contents(
         due[f"{layer}.bias"] = (half,), (rows,)
     found += [f"{name}: missing; diffusers warns and runs without it" for name in due if name not in tensors]
     for name, info in tensors.items():
-        if name not in due and _IGNORED in name:
+        if name not in due and IGNORED in name:
             continue
         if name not in due:
             older = "; it belongs to the older single-file container" if name.endswith(f".{ORIG}") else ""
@@ -317,28 +205,6 @@ def _as_they_are(layer: str, tensors: Mapping[str, Any]) -> dict[str, tuple[tupl
     """A layer's tensors, for one of which enough has been said."""
     names = (f"{layer}.{suffix}" for suffix in ("weight", "bias", *PACKED))
     return {name: ((tensors[name].dtype,), tuple(tensors[name].shape)) for name in names if name in tensors}
-
-
-def _file_problems(folder: Path, tensors: Mapping[str, Any]) -> list[str]:
-    """diffusers reads the shards that the index lists, or one file of a fixed name; what lies beside it ignores."""
-    here = [path.name for path in sorted(folder.glob("*.safetensors"))]  # `file` of the tensors counts in this order
-    if not (folder / INDEX).is_file():
-        found = [] if WHOLE in here else [f"{WHOLE}: missing, and there is no {INDEX}"]
-        return found + [f"{name}: diffusers would not read it; remove it" for name in here if name != WHOLE]
-    document = load_json(folder / INDEX, _MAX_JSON_BYTES)
-    weight_map = document.get("weight_map") if isinstance(document, dict) else None
-    if not isinstance(weight_map, dict) or not isinstance(document.get("metadata"), dict):
-        return [f"{INDEX}: no weight_map and metadata objects in it"]
-    listed = {file for file in weight_map.values() if isinstance(file, str)}
-    found = [f"{file}: in {INDEX}, but missing" for file in sorted(listed.difference(here))]
-    found += [
-        f"{name}: not in {INDEX}, so diffusers would not read it; remove it" for name in here if name not in listed
-    ]
-    for name, info in tensors.items():
-        file = here[info.file]
-        if file in listed and weight_map.get(name) != file:
-            found.append(f"{name}: in {file}, {INDEX} says {str(weight_map.get(name))[:80]}")
-    return found + [f"{name}: in {INDEX}, not in the weights" for name in weight_map if name not in tensors]
 
 
 def _single_problems(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Any]) -> list[str]:

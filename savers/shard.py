@@ -1,8 +1,8 @@
-"""The streaming safetensors writer: header first, then every tensor at its offset, in order, as it comes.
+"""The streaming writer: header first, then every tensor at its offset, in order, as it comes.
 
-A safetensors header depends on names, dtypes and shapes alone, so it is written before the first tensor exists. A file
-is allocated in full under a temporary name (a full disk shows before the work, not after it), hashed while it is
-written, synced, given its mode and only then its final name.
+A header depends on names, dtypes and shapes alone, so it is written before the first tensor exists: safetensors' is
+made here, GGUF's in `gguf_file`. A file is allocated in full under a temporary name (a full disk shows before the work,
+not after it), hashed while it is written, synced, given its mode and only then its final name.
 """
 
 from __future__ import annotations
@@ -38,12 +38,16 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class TensorFile:
-    """A safetensors file to be: path relative to the output folder, total size, header bytes, file mode."""
+    """A file to be: path relative to the output folder, total size, header bytes, file mode.
+
+    `alignment`: a tensor that does not end at a multiple of it is followed by zeros up to the next one.
+    """
 
     path: str
     size: int
     header: bytes
     mode: int
+    alignment: int = 1
 
 
 def layout(
@@ -127,7 +131,15 @@ class ShardWriter:
                     left -= len(chunk)
                 if digest.hexdigest() != expected:
                     return f"{place.name} in {path.name} is not what was committed"
+                zeros = self._zeros()
+                if stream.read(len(zeros)) != zeros:
+                    return f"{path.name}: no zeros behind {place.name}"
+                self._advance(zeros)
         return None
+
+    def _zeros(self) -> bytes:
+        """What belongs between the tensor that ends here and the next one."""
+        return bytes(-self.position % self.file.alignment)
 
     def _advance(self, data: bytes | memoryview) -> None:
         self._sha256.update(data)
@@ -154,6 +166,9 @@ class ShardWriter:
     def end(self) -> str:
         """The tensor is complete; returns its sha256."""
         assert self.position == self._tensor_end, f"tensor ends at {self.position}, must end at {self._tensor_end}"
+        if zeros := self._zeros():
+            self._sha256.update(zeros)
+            self._write(zeros)
         return self._tensor_sha256.hexdigest()
 
     def _write(self, data: bytes | memoryview) -> None:

@@ -11,12 +11,14 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from streamq import __version__
 
 NAME = "README.md"
 WIDTH = 8  # of a percentage: 999.999 and a space
+SIGN = "Written by streamq"
 FOLDER = "PATH_TO_THIS_FOLDER"
 Figures = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
@@ -55,6 +57,14 @@ class Card:
         return "\n".join([self.before, *lines, self.after]).encode()
 
 
+def is_card(path: Path) -> bool:
+    """Whether a file is a card of ours, not somebody's own README."""
+    if path.name != NAME or not path.is_file():
+        return False
+    with open(path, "rb") as stream:
+        return SIGN.encode() in stream.read(4096)
+
+
 def _percent(value: float | None) -> str:
     return "-".rjust(WIDTH) + "  " if value is None else f"{min(100 * value, 999.999):{WIDTH}.3f} %"
 
@@ -75,7 +85,7 @@ def make_card(
         *front,
         f"# A Wan video transformer, quantized for {form}",
         "",
-        f"Written by streamq {__version__} with the recipe `{recipe}`: {types} linear layers"
+        f"{SIGN} {__version__} with the recipe `{recipe}`: {types} linear layers"
         + (f", {left} left float." if left else "."),
         *facts,
         "",

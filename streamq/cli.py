@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from streamq import __version__
 from streamq.errors import RunError, StreamqError, UsageError, nearest
-from streamq.options import QuantOptions, parse_size
+from streamq.options import QuantOptions, parse_lora, parse_size
 
 if TYPE_CHECKING:
     from streamq.calibration.prepare import CalibJob
@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--source", metavar="MODEL_PATH", help="compare every layer with the float model it was made from"
     )
+    _add_lora_option(verify, "merged into --source before it is compared, as given to quant")
     recipes = commands.add_parser("recipes", help="list the library's recipes, or print one", allow_abbrev=False)
     recipes.add_argument("name", nargs="?")
     for command in (inspect, verify, recipes):
@@ -86,8 +87,8 @@ def _add_quant_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--layout",
         default="block",
-        choices=["block", "single"],
-        help="files of lightx2v (default block); nunchaku: single is its older container",
+        choices=["block", "single", "plain", "prefixed"],
+        help="files of lightx2v (default block); nunchaku: single is its older container; comfyui: names (plain)",
     )
     add("--device", default="auto", help="auto, cpu, cuda[:i], npu[:i]")
     add("--resume", action="store_true", default=True, help="go on where an interrupted run stopped (default)")
@@ -97,6 +98,7 @@ def _add_quant_options(parser: argparse.ArgumentParser) -> None:
     add("--max_host_memory", metavar="SIZE", help="budget, e.g. 4GiB")
     add("--max_device_memory", metavar="SIZE", help="budget, e.g. 4GiB")
     add("--calib", type=Path, help="calibration inputs made by streamq calib; without it a recipe makes its own")
+    _add_lora_option(parser, "merged into the weights before they are quantized; EXPERT: high_noise_model or low_…")
     add("--match", help="msmodelslim or lightx2v: that tool's arithmetic, byte for byte")
     add(
         "--read_ahead",
@@ -110,6 +112,11 @@ def _add_quant_options(parser: argparse.ArgumentParser) -> None:
     add("--quiet", action="store_true", help="no progress")
     add("--json", action="store_true", help="one JSON object on stdout")
     add("--debug", action="store_true", help="show tracebacks")
+
+
+def _add_lora_option(parser: argparse.ArgumentParser, text: str) -> None:
+    given = "[EXPERT=]PATH[:STRENGTH]"
+    parser.add_argument("--lora", action="append", default=[], metavar=given, help=f"{text}; may be repeated")
 
 
 def _add_calib_options(parser: argparse.ArgumentParser) -> None:
@@ -156,7 +163,8 @@ def _options(args: argparse.Namespace) -> QuantOptions:
         device=args.device, resume=args.resume, overwrite=args.overwrite, max_shard_size=size("max_shard_size"),
         max_host_memory=size("max_host_memory") or None, max_device_memory=size("max_device_memory") or None,
         match=args.match, calib=args.calib, trust_remote_code=args.trust_remote_code == "True", seed=args.seed,
-        read_ahead=args.read_ahead, quiet=args.quiet, json=args.json, debug=args.debug,
+        lora=tuple(map(parse_lora, args.lora)), read_ahead=args.read_ahead, quiet=args.quiet,
+        json=args.json, debug=args.debug,
     )  # fmt: skip
 
 
@@ -308,7 +316,7 @@ def _verify(args: argparse.Namespace) -> int:
     _import_torch()
     from streamq import display, verify
 
-    report = verify.verify(args.save_path, args.source).to_json()
+    report = verify.verify(args.save_path, args.source, tuple(map(parse_lora, args.lora))).to_json()
     if args.json:
         print(json.dumps(report, indent=1))
     else:

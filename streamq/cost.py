@@ -6,6 +6,7 @@ a second; of an accelerator it is assumed, because asking it would take a proces
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -89,6 +90,9 @@ def run_work(plan: Plan) -> Work:
         linears = {linear.name: linear for linear in part.expert.model.linears}
         for step in (step for unit in part.units for step in unit.steps):
             for scheme in step.schemes:
+                if not step.replayed:  # outside the blocks there is nothing to search by
+                    total += Work(0.0, 2.0 * math.prod(step.sources[0].shape))
+                    continue
                 total += layer_work(linears[step.name], scheme, chosen, _gram_rows(step.name, chosen, part.expert))
     return total
 

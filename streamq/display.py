@@ -137,6 +137,8 @@ def show_plan(plan: Plan) -> None:
     for path, size in paths if len(paths) <= 12 else [*paths[:5], (f"… {len(paths) - 8} more", 0), *paths[-3:]]:
         files.add_row(path, f"{size:,}" if size else "")
     console.print(files)
+    if plan.loras:
+        console.print(f"merges {', '.join(lora.shown for lora in plan.loras)}", soft_wrap=True)
     if plan.calibration is not None:
         for line in _calibration_lines(plan):
             console.print(line, soft_wrap=True)

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from streamq import __version__
+from streamq.card import is_card
 from streamq.checkpoint import Source, load_json
 from streamq.errors import RunError, UsageError
+from streamq.lora import Lora
 from streamq.plan import Plan, check_disk
 from streamq.savers import formats
 from streamq.savers.shard import PARTIAL, Place, ShardWriter, disk_errors, sha256_of, sync_folder, write_whole
@@ -170,6 +172,12 @@ def _check_folders(plan: Plan) -> None:
             raise UsageError(
                 f"{folder}: a file, where the output has a folder; remove it, or choose another --save_path"
             )
+    for name in plan.cards:  # --overwrite discards models, not what somebody wrote
+        if os.path.lexists(root / name) and not is_card(root / name):
+            raise UsageError(
+                f"{root / name}: not a model card of streamq's, which would take its place; move it, or choose another"
+                " --save_path"
+            )
     cache = root / CACHE
     if plan.calibration is not None and os.path.lexists(cache) and (cache.is_symlink() or not cache.is_dir()):
         raise UsageError(f"{cache}: not a folder of the run's own; remove it, or choose another --save_path")
@@ -216,7 +224,7 @@ def source_times(plan: Plan) -> list[list[Any]]:
         [part.expert.name, file.name, file.size, file.mtime_ns]
         for part in plan.experts
         for file in part.expert.model.checkpoint.files
-    ]
+    ] + [["--lora", file.name, file.size, file.mtime_ns] for lora in plan.loras for file in lora.checkpoint.files]
 
 
 def _read(plan: Plan, descriptor: int, path: Path) -> list[Commit] | None:
@@ -248,8 +256,8 @@ def _read(plan: Plan, descriptor: int, path: Path) -> list[Commit] | None:
         return None
     if lines[0].get("sources") != source_times(plan):
         raise UsageError(
-            f"{plan.source_path}: its files are not those that the unfinished run in {path.parent} was reading (their"
-            " time of change differs); restore them, or start again with --no_resume"
+            f"{plan.source_path}: its files{' or LoRAs' if plan.loras else ''} are not those that the unfinished run in"
+            f" {path.parent} was reading (their time of change differs); restore them, or start again with --no_resume"
         )
     commits = [
         Commit(line["unit"], line["tensors"], line["layers"], line["vectors"], line["streams"], line["synthetic"])
@@ -304,11 +312,19 @@ def _finished(plan: Plan) -> bool:
 def _check_same_weights(plan: Plan, document: dict[str, Any]) -> None:
     """Raise UsageError if the finished output was made from other weights under equal headers: two finetunes, say.
 
-    Compares the small tensors that passed through as they are (norms, modulation) with the manifest's hashes.
+    Compares the small tensors that passed through as they are (norms, modulation) with the manifest's hashes, and the
+    LoRAs' own.
     """
+    for lora, made in zip(plan.loras, document.get("lora", []), strict=False):
+        path = lora.checkpoint.files[0].path
+        if sha256_of(path) != made.get("sha256"):
+            raise UsageError(
+                f"--save_path {plan.options.save_path}: finished, but with another LoRA than --lora {path}; choose"
+                " another folder, or --overwrite"
+            )
     for part in plan.experts:
         with closing(Source(part.expert.model.checkpoint)) as source:
-            for step in (step for unit in part.units for step in unit.steps if step.passed):
+            for step in (step for unit in part.units for step in unit.steps if step.passed and not step.deltas):
                 for info, place in zip(step.sources, step.outputs[0].places, strict=True):
                     if info.nbytes > SMALL_NBYTES or place.dtype != info.dtype:
                         continue
@@ -339,7 +355,7 @@ def discardable(folder: Path) -> set[Path]:
     places += [folder / form / name for form in formats() for name in ("", *_SUBFOLDERS)]
     for place in places:
         if place.is_dir() and (place == folder or not place.is_symlink()):
-            doomed |= {path for path in place.iterdir() if path.name.endswith(_SUFFIXES)}
+            doomed |= {path for path in place.iterdir() if path.name.endswith(_SUFFIXES) or is_card(path)}
     if not (folder / CACHE).is_symlink():
         doomed |= {path for path in (folder / CACHE).glob("*") if path.name.endswith(_CACHE_SUFFIXES)}
     return {path for path in doomed if path.is_file() or path.is_symlink()}
@@ -410,6 +426,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise bad(f"{name!r} without bytes and sha256")
         if not isinstance(about.get("tensors", {}), dict):
             raise bad(f"{name!r} with tensors that are no object")
+    merged = document.get("lora", [])
+    if not isinstance(merged, list) or not all(isinstance(one, dict) for one in merged):
+        raise bad("lora that is no list of objects")
     for name, about in made.items():
         layers = about.get("layers") if isinstance(about, dict) else None
         if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()):
@@ -424,6 +443,14 @@ def figures(commits: Iterable[Commit]) -> dict[str, dict[str, dict[str, Any]]]:
         for form, layers in commit.layers.items():
             found.setdefault(form, {}).update(layers)
     return found
+
+
+def lora_entries(loras: Iterable[Lora]) -> list[dict[str, Any]]:
+    """What a manifest says of the LoRAs that were merged. Raises RunError for one that is gone."""
+    try:
+        return [lora.identity | {"sha256": sha256_of(lora.checkpoint.files[0].path)} for lora in loras]
+    except OSError as error:
+        raise RunError(f"{error.filename}: {error.strerror}; restore it, then run the same command") from error
 
 
 def write_manifest(plan: Plan, commits: list[Commit], hashes: dict[str, str]) -> dict[str, Any]:
@@ -448,6 +475,7 @@ def write_manifest(plan: Plan, commits: list[Commit], hashes: dict[str, str]) ->
         "model": {"family": model.family, "blocks": model.n_blocks, "vace_blocks": model.n_vace_blocks,
                   "dim": model.dim, "layout": model.layout, "experts": [p.expert.name for p in plan.experts]},
         "source": plan.sources,
+        **({"lora": lora_entries(plan.loras)} if plan.loras else {}),
         **({"calibration": plan.calibration.identity | {"synthetic": synthetic}} if plan.calibration else {}),
         "formats": {
             target.name: {

@@ -68,7 +68,7 @@ class Block:
         rounded = replace(plain(scheme), pair=replace(plain(scheme).pair, act=QConfig("per_token", "int8")))
 
         def quantizer(w: Tensor) -> Tensor:
-            return METHODS["w8a8"](w, None, rounded).dequantize()
+            return METHODS["fp8" if scheme.type == "fp8" else "w8a8"](w, None, rounded).dequantize()
 
         if smooth.method == "smoothquant":
             return settle(smoothquant(statistics.amax, weights, smooth.alpha, smooth.scale_min))

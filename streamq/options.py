@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,31 @@ _UNITS = {"": 1, "B": 1} | {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)} |
 }  # fmt: skip
 
 
+_LORA = re.compile(
+    r"(?:(?P<expert>high_noise_model|low_noise_model)=)?(?P<path>.+?)"
+    r"(?::(?P<strength>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?))?",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class LoraOption:
+    """One `--lora [EXPERT=]PATH[:STRENGTH]`. `expert`: "" for every transformer of the model."""
+
+    path: Path
+    strength: float = 1.0
+    expert: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.expert}={self.path}" if self.expert else str(self.path)
+
+
 @dataclass(frozen=True)
 class QuantOptions:
     """`streamq quant` and `streamq plan`. Sizes in bytes, 0 or None for "not given".
 
     Change the bytes of the result, and so belong to the plan's identity: model_path's content, quant_type or
-    config_path, formats, layout, match, max_shard_size, seed, calib's content, the kind of device.
+    config_path, formats, layout, match, max_shard_size, seed, calib's content, the kind of device, lora.
     Do not, and may differ when a run is resumed: read_ahead, the budgets, quiet, json, debug.
     """
 
@@ -39,10 +59,22 @@ class QuantOptions:
     calib: Path | None = None
     trust_remote_code: bool = False
     seed: int = 0
+    lora: tuple[LoraOption, ...] = ()
     read_ahead: int = 1
     quiet: bool = False
     json: bool = False
     debug: bool = False
+
+
+def parse_lora(text: str) -> LoraOption:
+    """`"high_noise_model=a.safetensors:0.8"`: only a number behind the last colon is a strength. Raises UsageError."""
+    match = _LORA.fullmatch(text)
+    if match is None:
+        raise UsageError(f"--lora {text!r}: no path; write PATH or PATH:STRENGTH")
+    strength = float(match["strength"] or 1)
+    if not math.isfinite(strength):
+        raise UsageError(f"--lora {text}: strength {match['strength']} is too large a number")
+    return LoraOption(Path(match["path"]).expanduser(), strength, match["expert"] or "")
 
 
 def parse_size(text: str, option: str) -> int:

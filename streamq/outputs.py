@@ -11,7 +11,7 @@ from streamq import hub, wan
 from streamq.checkpoint import Checkpoint, SourceFile, TensorInfo, read_header
 from streamq.errors import UsageError
 from streamq.journal import MANIFEST, read_manifest
-from streamq.savers import Format, formats
+from streamq.savers import Format, formats, gguf_file
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Output:
         return "/".join(part for part in (*Path(self.label).parts[:-1], self.expert) if part)
 
     def checkpoint(self) -> Checkpoint:
-        """The headers of every `.safetensors` file in it. Raises UsageError for a file that is not sound."""
+        """The headers of every file of the format's kind in it. Raises UsageError for a file that is not sound."""
         files: list[SourceFile] = []
         tensors: dict[str, TensorInfo] = {}
-        for number, path in enumerate(sorted(self.folder.glob("*.safetensors"))):
-            file, infos = read_header(path, self.folder, number)
+        for number, path in enumerate(sorted(self.folder.glob(f"*.{self.format.CONTAINER}"))):
+            file, infos = header_of(path, self.folder, number)
             files.append(file)
             for info in infos:
                 if info.name in tensors:
@@ -61,6 +61,11 @@ class Output:
             if (name := self.format.float_name(stored)) is not None:
                 found[name] = replace(info, shape=self.format.float_shape(stored, info.dtype, info.shape))
         return found
+
+
+def header_of(path: Path, root: Path, number: int = 0) -> tuple[SourceFile, list[TensorInfo]]:
+    """`checkpoint.read_header`, of whichever kind a file is by its name. Raises UsageError."""
+    return (gguf_file.read_header if path.suffix == ".gguf" else read_header)(path, root, number)
 
 
 def find_outputs(path: Path) -> list[Output]:

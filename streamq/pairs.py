@@ -49,6 +49,28 @@ _TYPES = {
 }
 
 
+# (activation's, weight's dtype) of pairs that no runtime has -> what to take instead.
+_INSTEAD = {
+    ("int8", "int4"): "w4a8: take w8a8 (int8 per_channel weights), or w4a4_mxfp4 (mxfp4 per_block both) for 4-bit ones",
+    ("mxfp8", "mxfp4"): "w4a8: take mxfp8 per_block both (w8a8_mxfp8), or mxfp4 per_block both (w4a4_mxfp4)",
+    ("int4", "int4"): "int4 activations go with int4 weights per_group (w4a4, nunchaku); w4a4_mxfp4 is MindIE's",
+    ("float", "int4"): "int4 weights alone are per_group (w4a16, nunchaku) or per_block (gguf)",
+    ("float", "int8"): "int8 weights alone are per_channel (w8a16, diffusers) or per_block (gguf)",
+    ("mxfp8", "mxfp8"): "mxfp8 is per_block on both sides (w8a8_mxfp8)",
+    ("mxfp4", "mxfp4"): "mxfp4 is per_block on both sides (w4a4_mxfp4)",
+    ("nvfp4", "nvfp4"): "nvfp4 is per_group on both sides (w4a4_nvfp4)",
+    ("fp8_e4m3", "fp8_e4m3"): "fp8_e4m3 is per_token with per_channel or per_tensor weights (fp8)",
+}
+
+
+def no_type(pair: Pair) -> str:
+    """What is wrong with a pair that has no type, and what to take instead."""
+    act, weight = pair.act, pair.weight
+    shown = "float" if act.dtype == "float" else f"{act.dtype} {act.scope}"
+    instead = _INSTEAD.get((act.dtype, weight.dtype), "int8 per_token with int8 per_channel is w8a8")
+    return f"activations {shown} with weights {weight.dtype} {weight.scope}: no such type; {instead}"
+
+
 def fault(pair: Pair) -> tuple[str, str] | None:
     """(key below `qconfig`, what is wrong with it) of a pair that has a type; None if it can be worked with."""
     weight, act = pair.weight, pair.act
@@ -56,6 +78,8 @@ def fault(pair: Pair) -> tuple[str, str] | None:
         return _plain_fault(pair)
     if weight.dtype == "int8":
         return _int8_fault(pair)
+    if pair.type in _MX_METHODS:
+        return _mx_fault(pair)
     if weight.dtype not in ("int4", "nvfp4"):
         return None
     methods = ("minmax", "mse", "gptq") if pair.type == "w4a16" else ("minmax", "svdquant")
@@ -74,6 +98,28 @@ def fault(pair: Pair) -> tuple[str, str] | None:
     rank = ext.get("rank", 16)
     if rank % 16:
         return "weight.ext.rank", f"{rank}; a multiple of 16, which the kernels' tiles are"
+    return None
+
+
+_MX_METHODS = {"w8a8_mxfp8": ("minmax", "mse_round"), "w4a4_mxfp4": ("minmax", "ceil_x")}
+
+
+def _mx_fault(pair: Pair) -> tuple[str, str] | None:
+    weight, act = pair.weight, pair.act
+    methods = _MX_METHODS[pair.type or ""]
+    if weight.method not in methods:
+        return "weight.method", f"{weight.method!r}; {pair.type} has {', '.join(methods)}"
+    if act.method != "minmax":
+        return "act.method", f"{act.method!r}; each block of an input has its own range, minmax"
+    for operand, config in (("weight", weight), ("act", act)):
+        if not config.symmetric:
+            return f"{operand}.symmetric", f"False; {pair.type} has no zero points"
+    ext = dict(weight.ext)
+    if "convrot" in ext:
+        return "weight.ext.convrot", "only with int8 per_token and int8 per_channel"
+    least, most = ext.get("search_min", 6.0), ext.get("search_max", 12.0)
+    if ext.get("enable_search") and not least < most:
+        return "weight.ext.search_max", f"{most}; must be above search_min, {least}"
     return None
 
 

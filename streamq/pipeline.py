@@ -22,16 +22,16 @@ import torch
 
 from streamq import journal as journals
 from streamq.calibration.start import check_inputs, open_replay
-from streamq.checkpoint import Source
 from streamq.device import Device
 from streamq.device.cpu import host_bytes
 from streamq.dtypes import TORCH_DTYPES
 from streamq.journal import Commit, Journal
 from streamq.layers import Block, is_finite
+from streamq.lora import open_source
 from streamq.plan import COPY_CHUNK, ExpertPlan, Plan, Step, Unit
 from streamq.savers.shard import Place, ShardWriter, write_whole
 from streamq.stages import Arena, Lane, Watcher
-from streamq.steps import Loaded, Work, damaged, load, made, observe
+from streamq.steps import Loaded, Work, damaged, load, made, merge_loras, observe
 
 # A step, the tensors to be written (None: its source is copied), and whether they take room in the arena.
 Ready = tuple[Step, list[tuple[Place, torch.Tensor]] | None, bool]
@@ -70,7 +70,7 @@ def _run_expert(
     watcher: Watcher,
 ) -> None:  # fmt: skip
     with ExitStack() as files:
-        source, hasher = Source(part.expert.model.checkpoint), Lane(plan.options.read_ahead, "hasher")
+        source, hasher = open_source(part.expert.model), Lane(plan.options.read_ahead, "hasher")
         files.enter_context(closing(source))
         files.enter_context(closing(hasher))
         replay = files.enter_context(open_replay(plan, part, todo, device, journal, watcher))
@@ -123,6 +123,8 @@ def _ready(
         return step, None, False
     if memory is not None:
         work.device.wait(token.result())
+        if block.seen is None:  # otherwise it was done before the inputs went through
+            merge_loras(step, memory, work)
     return step, made(step, memory, work, commit, block), memory is not None
 
 

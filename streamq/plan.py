@@ -24,6 +24,7 @@ from streamq.card import Card
 from streamq.checkpoint import TensorInfo
 from streamq.device import HOST_BASE, STAGE_CHUNK, STAGE_CHUNKS, MiB
 from streamq.errors import UsageError
+from streamq.lora import Delta, Lora, loras_of, merge_nbytes
 from streamq.options import QuantOptions
 from streamq.quantized import Scheme, Smooth
 from streamq.savers import Format, SaveOptions
@@ -59,7 +60,8 @@ class Step:
     """The smallest piece of work: a linear layer (weight and bias), or one tensor that passes through.
 
     `label` is what users see: the native name, after the expert's where there are two. `name` is the diffusers name,
-    `tensors` are those of its sources. `replayed`: part of a block that calibration inputs go through.
+    `tensors` are those of its sources. `replayed`: part of a block that calibration inputs go through. `deltas`: of
+    each source, what LoRAs add to it; () where none adds anything.
     """
 
     label: str
@@ -68,6 +70,7 @@ class Step:
     sources: tuple[TensorInfo, ...]
     outputs: tuple[Output, ...]
     replayed: bool = False
+    deltas: tuple[tuple[Delta, ...], ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -77,12 +80,12 @@ class Step:
     @property
     def held(self) -> bool:
         """Whether it is worked on in the device's memory; otherwise its bytes are copied in chunks."""
-        return self.replayed or any(output.scheme for output in self.outputs)
+        return self.replayed or bool(self.deltas) or any(output.scheme for output in self.outputs)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its source tensors."""
-        return sum(info.nbytes for info in self.sources)
+        """Bytes that are read for it: its source tensors, and what LoRAs add to them."""
+        return sum(info.nbytes for info in self.sources) + sum(d.nbytes for found in self.deltas for d in found)
 
     @property
     def schemes(self) -> set[Scheme]:
@@ -95,7 +98,15 @@ class Step:
         a format packs them into."""
         codes = len(self.schemes) * math.prod(self.sources[0].shape)
         packed = sum(p.nbytes for o in self.outputs if o.scheme is not None and o.scheme.packed for p in o.places)
-        return sum(aligned(info.nbytes) for info in self.sources) + aligned(codes) + aligned(packed)
+        room = max(aligned(codes) + aligned(packed), self.merge_nbytes)
+        return sum(aligned(info.nbytes) for info in self.sources) + room
+
+    @property
+    def merge_nbytes(self) -> int:
+        """Bytes that merging LoRAs takes, where its codes come later: every factor, and the largest tile."""
+        factors = sum(aligned(f.nbytes) for found in self.deltas for delta in found for f in delta.factors)
+        pairs = zip(self.sources, self.deltas, strict=False)
+        return factors + max((aligned(merge_nbytes(info.shape, found)) for info, found in pairs if found), default=0)
 
 
 @dataclass(frozen=True)
@@ -169,7 +180,7 @@ class Plan:
 
     @property
     def bytes_to_read(self) -> int:
-        """Bytes of source tensors; each is read once, whatever the number of formats."""
+        """Bytes of source tensors and LoRAs; each is read once, whatever the number of formats."""
         return sum(step.nbytes for unit in self.units for step in unit.steps)
 
     @property
@@ -206,7 +217,7 @@ class Plan:
         identity = {
             "version": __version__, "device": self.device_kind, "match": options.match, "seed": options.seed,
             "layout": options.layout, "max_shard_size": options.max_shard_size,
-            "sources": self.sources, "layers": self.layers,
+            "sources": self.sources, "lora": self.lora_identity, "layers": self.layers,
             "recipes": {target.name: target.recipe.document for target in self.targets},
             "calibration": self.calibration.identity if self.calibration else None,
             "documents": {path: hashlib.sha256(content).hexdigest() for path, content, _ in self.documents},
@@ -224,6 +235,16 @@ class Plan:
             ]
             for part in self.experts
         }
+
+    @property
+    def loras(self) -> list[Lora]:
+        """What is merged into the weights, in the order of the command line."""
+        return loras_of(part.expert.model for part in self.experts)
+
+    @property
+    def lora_identity(self) -> list[dict[str, Any]]:
+        """Their files' names, sizes, header hashes and strengths."""
+        return [lora.identity for lora in self.loras]
 
     def _calibration_json(self) -> dict[str, Any]:
         assert self.calibration is not None
@@ -247,6 +268,7 @@ class Plan:
             "formats": [target.name for target in self.targets],
             "device": self.device_kind,
             "files": [{"path": path, "bytes": size} for path, size in sorted(paths)],
+            **({"lora": self.lora_identity} if self.loras else {}),
             "bytes_to_read": self.bytes_to_read,
             "bytes_to_write": self.bytes_to_write,
             "peak_host_bytes": self.peak_host_bytes,

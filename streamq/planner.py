@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from streamq import card, hub, recipe, resolve, smoothing, wan
+from streamq import card, hub, lora, recipe, resolve, smoothing, wan
 from streamq.calibration import make
 from streamq.calibration import plan as calibrations
 from streamq.calibration.plan import CalibPlan
@@ -28,10 +28,10 @@ from streamq.plan import (
     host_fixed,
 )
 from streamq.quantized import LABELS, Scheme
-from streamq.savers import Attention, Format, SaveOptions, Schemes, Spec, formats, shard
+from streamq.savers import Attention, Format, SaveOptions, Schemes, Spec, formats, gguf_file, shard
 from streamq.savers.shard import Place, TensorFile
 
-CONTAINERS = {"safetensors": shard.layout}
+CONTAINERS = {"safetensors": shard.layout, "gguf": gguf_file.layout}
 GPTQ_ROWS = 2  # for each column: fewer, and it fits them instead of the model's inputs
 
 
@@ -50,6 +50,7 @@ def make_plan(options: QuantOptions, *, download: bool) -> Plan:
     kind = kind_of(options.device)
     experts = wan.open_model(source_path)
     wan.check_model_type(options.model_type, experts)
+    experts = lora.attach(experts, lora.open_loras(options.lora, outside=options.save_path))
     for expert in experts:
         check_sources_outside(expert, options.save_path)
     targets, warnings = _targets(options)
@@ -72,7 +73,8 @@ def make_plan(options: QuantOptions, *, download: bool) -> Plan:
     arena, room = _arena_nbytes(parts, options, kind, calibration, replay)
     cache, making = 0, (0, 0)
     if calibration is not None:
-        making = _making_peaks(calibration, experts, source_path, options, kind)
+        merging = max(step.merge_nbytes for part in parts for unit in part.units for step in unit.steps)
+        making = _making_peaks(calibration, experts, source_path, options, kind, merging)
         cache = max(calibration.cache_nbytes(expert.name) for expert in experts)
         calibration = replace(calibration, in_memory=calibrations.fits_in_memory(cache, room))
         cache = cache if calibration.in_memory else calibration.stream_nbytes
@@ -83,7 +85,7 @@ def make_plan(options: QuantOptions, *, download: bool) -> Plan:
 
 
 def _making_peaks(
-    calibration: CalibPlan, experts: list[wan.Expert], source: Path, options: QuantOptions, kind: str
+    calibration: CalibPlan, experts: list[wan.Expert], source: Path, options: QuantOptions, kind: str, merging: int
 ) -> tuple[int, int]:
     """Most bytes on host and device while a run makes its own inputs. Raises UsageError if a budget is too small."""
     if calibration.given is not None:
@@ -91,16 +93,17 @@ def _making_peaks(
     from streamq.calibration import encoders, prepare
 
     seen = prepare.outlook(calibration.settings, experts, encoders.find_parts(source), kind)
+    host, device = seen.peak_host_bytes + merging, seen.peak_device_bytes + merging * (kind != "cpu")
     for option, budget, need in (
-        ("--max_host_memory", options.max_host_memory, seen.peak_host_bytes),
-        ("--max_device_memory", options.max_device_memory, seen.peak_device_bytes),
+        ("--max_host_memory", options.max_host_memory, host),
+        ("--max_device_memory", options.max_device_memory, device),
     ):
         if budget is not None and need > budget:
             raise UsageError(
                 f"{option}: a budget of {budget} bytes, but making the calibration inputs takes {need}; raise the"
                 " budget, or make them elsewhere with streamq calib and give --calib"
             )
-    return seen.peak_host_bytes, seen.peak_device_bytes
+    return host, device
 
 
 def _calibration_warnings(calibration: CalibPlan, schemes: list[dict[str, Scheme]]) -> list[str]:
@@ -326,8 +329,9 @@ class _Builder:
             unit = wan.unit_of(name)
             tensors = _tensor_names(name, model, sources)
             replayed = replay and unit != "rest" and bool(sources)
+            deltas = lora.deltas_of(model, sources)
             steps.setdefault(unit, []).append(
-                Step(prefix + wan.to_native(name), name, tensors, sources, outputs, replayed)
+                Step(prefix + wan.to_native(name), name, tensors, sources, outputs, replayed, deltas)
             )
         return ExpertPlan(expert, tuple(Unit(prefix + unit, unit, tuple(found)) for unit, found in steps.items()))
 
@@ -363,7 +367,8 @@ class _Builder:
             elif sources:
                 names = _tensor_names(name, model, sources)
                 if form.NAMES == "native":
-                    names = tuple(model.native_name(source) for source in sources)
+                    prefix = getattr(form, "PREFIXES", {}).get(save.layout, "")
+                    names = tuple(prefix + model.native_name(source) for source in sources)
                 pairs = zip(names, sources, strict=True)
                 written[name] = [form.passed_spec(own, s.dtype, s.shape, unit) for own, s in pairs]
             elif name in placed.beside:
@@ -413,8 +418,8 @@ class _Builder:
             folders = {name: "/".join(part for part in (card.FOLDER, form.EXPERTS[name]) if part) for name in names}
             usage[target.name] = form.usage(folders, model, schemes, save)
             made = card.make_card(
-                target.name, self.layers[target.name], target.recipe.name, _facts(self.options, calibration),
-                usage[target.name], calibration is not None,
+                target.name, self.layers[target.name], _config_id(target.recipe),
+                _facts(self.options, experts, calibration), usage[target.name], calibration is not None,
             )  # fmt: skip
             path = f"{target.folder}/{card.NAME}".lstrip("/")
             found[path] = made
@@ -460,8 +465,16 @@ def _head_dim(model: wan.Model) -> int:
     return model.dim // int(model.native_config["num_heads"])
 
 
-def _facts(options: QuantOptions, calibration: CalibPlan | None) -> list[str]:
+def _config_id(found: recipe.Recipe) -> str:
+    """The recipe by the name it gives itself; a file's name is the user's own business."""
+    about = found.document.get("metadata") or {}
+    return str(about.get("config_id", "without a config_id"))
+
+
+def _facts(options: QuantOptions, experts: list[wan.Expert], calibration: CalibPlan | None) -> list[str]:
     found = []
+    if merged := lora.loras_of(expert.model for expert in experts):
+        found.append(f"Merged into the weights before: {', '.join(one.shown for one in merged)}.")
     if options.match:
         found.append(f"Weights and scales have the bytes of {options.match}'s arithmetic.")
     if calibration is not None:

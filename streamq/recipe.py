@@ -18,19 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import bracex
-import yaml
 
 from streamq.errors import UsageError, nearest
-from streamq.pairs import Pair, QConfig, fault
+from streamq.pairs import Pair, QConfig, fault, no_type
 from streamq.patterns import MAX_EXPANSIONS, regexes
 from streamq.recipe_keys import (
     CALIBRATION_RANGES,
     CALIBRATION_TEXTS,
     EXT_KEYS,
+    FA3_SCOPES,
     GRIDS,
-    LATER_KINDS,
     MODEL_CONFIG_KEYS,
     NEXT_INPUTS,
+    PEER_KINDS,
     PROCESS_KINDS,
     QCONFIG_VALUES,
     SAVERS,
@@ -39,6 +39,7 @@ from streamq.recipe_keys import (
     SMOOTH_METHODS,
     SUBGRAPHS,
 )
+from streamq.recipe_yaml import kind_of, load_yaml, plain
 
 APIVERSION = "multimodal_sd_modelslim_v1"
 MAX_RECIPE_BYTES = 1 << 20
@@ -110,27 +111,6 @@ class Recipe:
     warnings: tuple[str, ...] = field(default=())
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key that stands twice in one mapping (plain YAML keeps the last one silently)."""
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        checked = self.__dict__.setdefault("_checked", set())
-        seen: set[str] = set()
-        for key, _ in node.value if id(node) not in checked else ():  # flattening adds merged keys: look before it
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"key {key.value!r} stands twice in one mapping", key.start_mark
-                    )
-                seen.add(key.value)
-        checked.add(id(node))
-        super().flatten_mapping(node)
-        # Later pairs win. Without this, merges of merges grow without bound.
-        node.value = list(
-            {k.value if isinstance(k, yaml.ScalarNode) else id(k): (k, v) for k, v in node.value}.values()
-        )
-
-
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe file. Raises UsageError with the path of the offending key."""
     try:
@@ -147,11 +127,9 @@ def load_recipe(path: Path) -> Recipe:
 def parse_recipe(text: str, name: str, where: str) -> Recipe:
     """Parse and check a recipe's text; `where` starts every message. Raises UsageError."""
     try:
-        document = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError) as error:
-        # The latter are what PyYAML itself raises for e.g. `!!timestamp soon` or `!!int ''`.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"{where}: not a readable recipe: {reason}") from error
+        document = load_yaml(text)
+    except ValueError as error:
+        raise UsageError(f"{where}: not a readable recipe: {error}") from error
     return _Reader(where).recipe(document, name)
 
 
@@ -167,11 +145,11 @@ class _Reader:
 
     def mapping(self, value: Any, path: str, known: Iterable[str] | None) -> dict[str, Any]:
         if not isinstance(value, dict):
-            raise self.fail(path, f"{_kind(value)} where a mapping belongs")
+            raise self.fail(path, f"{kind_of(value)} where a mapping belongs")
         names = None if known is None else sorted(known)
         for key in value:
             if not isinstance(key, str):
-                raise self.fail(path, f"key {key!r} is {_kind(key)}, not text")
+                raise self.fail(path, f"key {key!r} is {kind_of(key)}, not text")
             if names is not None and key not in names:
                 full = f"{path}.{key}" if path else key
                 here = f"known here: {', '.join(names)}" if names else "none is known here"
@@ -183,7 +161,7 @@ class _Reader:
 
     def sequence(self, value: Any, path: str) -> list[Any]:
         if not isinstance(value, list):
-            raise self.fail(path, f"{_kind(value)} where a list belongs")
+            raise self.fail(path, f"{kind_of(value)} where a list belongs")
         return value
 
     def word(self, value: Any, path: str, allowed: tuple[str, ...]) -> str:
@@ -233,7 +211,7 @@ class _Reader:
             raise self.fail("spec.process", "no linear_quant step: nothing would be quantized")
         form, part_file_size = self.save(spec.get("save"))
         model_config = self.multimodal(spec.get("multimodal_sd_config"))
-        kept: dict[str, Any] = {key: _plain(top[key]) for key in ("apiversion", "metadata", "spec") if key in top}
+        kept: dict[str, Any] = {key: plain(top[key]) for key in ("apiversion", "metadata", "spec") if key in top}
         calibration = self.calibration(spec.get("calibration"))
         return Recipe(name, process, form, part_file_size, model_config, calibration, kept, tuple(self.warnings))
 
@@ -250,16 +228,20 @@ class _Reader:
             elif isinstance(item, (list, tuple, set)):
                 stack.extend(item)
 
-    def step(self, value: Any, path: str) -> LinearQuant | SmoothStep:
+    def step(self, value: Any, path: str) -> LinearQuant | SmoothStep | AttentionStep:
         if not isinstance(value, dict):
-            raise self.fail(path, f"{_kind(value)} where a mapping with `type` belongs")
+            raise self.fail(path, f"{kind_of(value)} where a mapping with `type` belongs")
         kind = value.get("type")
-        if isinstance(kind, str) and kind in LATER_KINDS:
-            raise self.fail(f"{path}.type", f"{kind} {LATER_KINDS[kind]}; supported: {', '.join(PROCESS_KINDS)}")
+        if isinstance(kind, str) and kind in PEER_KINDS:
+            instead = f"{PEER_KINDS[kind]}; " if PEER_KINDS[kind] else ""
+            supported = ", ".join(PROCESS_KINDS)
+            raise self.fail(f"{path}.type", f"{kind} is msModelSlim's; {instead}supported here: {supported}")
         if not isinstance(kind, str) or kind not in PROCESS_KINDS:
             close = nearest(str(kind), tuple(PROCESS_KINDS))
             raise self.fail(f"{path}.type", f"unknown step {kind!r}; supported: {', '.join(PROCESS_KINDS)}{close}")
         self.mapping(value, path, PROCESS_KINDS[kind])
+        if kind in ("online_quarot", "fa3_quant"):
+            return self.attention(value, path, kind)
         if kind != "linear_quant":
             return self.smooth(value, path, kind)
         pair = self.pair(value.get("qconfig"), f"{path}.qconfig", None)
@@ -302,6 +284,25 @@ class _Reader:
         rows = self.number(value.get("rows", default), f"{path}.rows", (bounds[0], bounds[1]))
         return SmoothStep(method, 0.0, scale_min, include, exclude, path, grid, rows)
 
+    def attention(self, value: dict[str, Any], path: str, kind: str) -> AttentionStep:
+        include = self.patterns(_given(value, "include", ["*"]), f"{path}.include")
+        exclude = self.patterns(_given(value, "exclude", []), f"{path}.exclude")
+        if kind == "online_quarot":
+            size = value.get("block_size", -1)
+            if type(size) is not int or size != -1:
+                raise self.fail(f"{path}.block_size", f"{size!r}; only -1, one rotation for the whole of a head")
+            return AttentionStep(kind, "", include, exclude, path)
+        path_of = f"{path}.qconfig"
+        if value.get("qconfig") is None:  # int8 per head in msModelSlim, from calibration data
+            raise self.fail(path_of, f"missing: dtype {' or '.join(FA3_SCOPES)}, which MindIE's attention is made for")
+        given = self.mapping(value["qconfig"], path_of, ("dtype", "scope", "symmetric", "method"))
+        dtype = self.word(given.get("dtype"), f"{path_of}.dtype", tuple(FA3_SCOPES))
+        self.word(given.get("scope"), f"{path_of}.scope", (FA3_SCOPES[dtype],))
+        self.word(given.get("method", "minmax"), f"{path_of}.method", ("minmax",))
+        if given.get("symmetric", True) is not True:
+            raise self.fail(f"{path_of}.symmetric", f"{given['symmetric']!r}; attention is quantized symmetrically")
+        return AttentionStep(kind, dtype, include, exclude, path)
+
     def number(self, value: Any, path: str, bounds: tuple[Any, Any]) -> Any:
         """A number between bounds, of their kind: whole if they are whole."""
         least, most = bounds
@@ -327,10 +328,10 @@ class _Reader:
                 texts = self.sequence(given, f"{path}.{key}")
                 for i, text in enumerate(texts):
                     if not isinstance(text, str):
-                        raise self.fail(f"{path}.prompts.{i}", f"{text!r} is {_kind(text)}, not text")
+                        raise self.fail(f"{path}.prompts.{i}", f"{text!r} is {kind_of(text)}, not text")
                 found[key] = texts
             elif not isinstance(given, str):
-                raise self.fail(f"{path}.{key}", f"{given!r} is {_kind(given)}; width*height, e.g. 832*480")
+                raise self.fail(f"{path}.{key}", f"{given!r} is {kind_of(given)}; width*height, e.g. 832*480")
             else:
                 found[key] = given
         return found
@@ -359,11 +360,7 @@ class _Reader:
             self.qconfig(config.get("weight"), f"{path}.weight", "weight", default.weight),
         )
         if pair.type is None:
-            raise self.fail(
-                path,
-                f"activations {pair.act.dtype} {pair.act.scope} with weights {pair.weight.dtype} {pair.weight.scope}:"
-                " no such type; int8 per_token with int8 per_channel is w8a8",
-            )
+            raise self.fail(path, no_type(pair))
         if (wrong := fault(pair)) is not None:
             raise self.fail(f"{path}.{wrong[0]}", wrong[1])
         return pair
@@ -384,7 +381,9 @@ class _Reader:
             self.ext(item, f"{path}.ext.{key}", keys[key])
         changes: dict[str, Any] = {k: given[k] for k in ("scope", "dtype", "symmetric", "method") if k in given}
         if "ext" in given:
-            changes["ext"] = tuple(sorted(ext.items()))
+            if "axes" in ext and not changes.get("dtype", default.dtype).startswith("mx"):
+                raise self.fail(f"{path}.ext.axes", "only for mxfp8 and mxfp4, whose blocks lie along an axis")
+            changes["ext"] = tuple(sorted((key, item) for key, item in ext.items() if key != "axes"))
         if default.dtype == "float" != changes.get("dtype", "float") and "method" not in given:
             changes["method"] = "minmax"  # a float operand has none
         if "ext" not in given and method != default.method:
@@ -392,7 +391,10 @@ class _Reader:
         return replace(default, **changes)
 
     def ext(self, value: Any, path: str, allowed: tuple[Any, ...]) -> None:
-        if isinstance(allowed[0], bool):
+        if path.endswith(".axes"):
+            if isinstance(value, bool) or value not in allowed:
+                raise self.fail(path, f"{value!r}; -1: blocks of 32 lie along the inputs in every runtime")
+        elif isinstance(allowed[0], bool):
             if not isinstance(value, bool):
                 raise self.fail(path, f"{value!r} is not True or False")
         elif isinstance(allowed[0], str):
@@ -437,27 +439,10 @@ class _Reader:
                 or (isinstance(given, bool) and bool not in MODEL_CONFIG_KEYS[key])
                 or (isinstance(given, float) and not math.isfinite(given))
             ):
-                raise self.fail(f"{path}.{name}.{key}", f"{given!r} is {_kind(given)}, which this setting cannot be")
+                raise self.fail(f"{path}.{name}.{key}", f"{given!r} is {kind_of(given)}, which this setting cannot be")
         return config
 
 
 def _given(mapping: dict[str, Any], key: str, default: Any) -> Any:
     """msModelSlim writes `include: null` for its default."""
     return default if mapping.get(key) is None else mapping[key]
-
-
-def _plain(value: Any) -> Any:
-    """The same value as JSON has it: YAML also knows dates, sets and keys that are not text."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, set):
-        return sorted(str(item) for item in value)
-    finite = not isinstance(value, float) or math.isfinite(value)
-    return value if finite and isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "a mapping", list: "a list", str: "text", bool: "a truth value", type(None): "nothing"}
-    return names.get(type(value), f"a {type(value).__name__}")

@@ -9,16 +9,32 @@ PROCESS_KINDS = {
     "linear_quant": {"type", "qconfig", "include", "exclude", "overrides"},
     "smooth_quant": {"type", "method", "alpha", "scale_min", "symmetric", "grid", "rows", "include", "exclude"},
     "iter_smooth": {"type", "method", "alpha", "scale_min", "symmetric", "include", "exclude", "enable_subgraph_type"},
+    "online_quarot": {"type", "block_size", "include", "exclude"},
+    "fa3_quant": {"type", "qconfig", "include", "exclude"},
 }
 SMOOTH_ALPHA = {"smooth_quant": 0.5, "iter_smooth": 0.9}  # msModelSlim's defaults
 SMOOTH_METHODS = ("smoothquant", "awq", "svdquant")
 GRIDS = ("full", "coarse")
 SEARCH_ROWS = (256, 1, 1 << 20)  # default, least, most: rows of the input by which a candidate is judged
 SUBGRAPHS = ("norm-linear", "linear-linear", "ov", "up-down")
-LATER_KINDS = {
-    "online_quarot": "needs the MXFP types, which this version does not write",
-    "fa3_quant": "needs the MXFP types, which this version does not write",
+# Steps of msModelSlim that are not read here -> what does the like.
+PEER_KINDS = {
+    "awq": "smooth_quant with method awq does the like",
+    "flex_smooth_quant": "smooth_quant with alpha search does the like",
+    "flex_awq_ssz": "smooth_quant with method awq, and linear_quant with weight method mse, do the like",
+    "quarot": "it rotates language models; online_quarot rotates attention",
+    "svd_res": "mindiesd reads no SVD type; linear_quant with weight method svdquant is for nunchaku",
+    "flatquant": "",
+    "autoround_quant": "linear_quant with weight method gptq does the like",
+    "kv_smooth": "a video transformer keeps no KV cache",
+    "float_sparse": "no runtime here is sparse",
+    "adapt_rotation": "",
+    "group": "list the steps one by one",
+    "module_func": "",
 }
+# dtype of attention -> the scope that MindIE's kernels have it in.
+FA3_SCOPES = {"fp8_e4m3": "per_token", "mxfp4": "per_block"}
+AXES = (-1, 1, [-1], [1])  # of a weight [out, in]: its inputs
 QCONFIG_VALUES: dict[str, tuple[str, ...]] = {
     "act.scope": ("per_token", "per_tensor", "per_block", "per_group"),
     "act.dtype": ("int8", "fp8_e4m3", "int4", "nvfp4", "mxfp8", "mxfp4", "float"),
@@ -29,6 +45,7 @@ QCONFIG_VALUES: dict[str, tuple[str, ...]] = {
 }
 # operand.method -> the keys of its `ext`, with the least and the most that each may be (bool and text: the values).
 EXT_KEYS: dict[str, dict[str, tuple[Any, ...]]] = {  # fmt: skip
+    "act.minmax": {"axes": AXES},
     "act.percentile": {"percentile": (50.0, 100.0)},
     "weight.gptq": {
         "act_order": (False, True),
@@ -37,8 +54,17 @@ EXT_KEYS: dict[str, dict[str, tuple[Any, ...]]] = {  # fmt: skip
         "scales": ("minmax", "mse"),
         "weighted": (False, True),
     },
-    "weight.minmax": {"convrot": (16, 256)},
+    "weight.ceil_x": {
+        "axes": AXES,
+        "ceil_x_value": (6.0, 12.0),
+        "enable_search": (False, True),
+        "search_min": (6.0, 12.0),
+        "search_max": (6.0, 12.0),
+        "search_step": (0.01, 6.0),
+    },
+    "weight.minmax": {"convrot": (16, 256), "axes": AXES},
     "weight.mse": {"weighted": (False, True)},
+    "weight.mse_round": {"axes": AXES},
     "weight.svdquant": {
         "rank": (16, 1024),
         "rounds": (1, 1000),

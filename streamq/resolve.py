@@ -12,8 +12,19 @@ from pathlib import Path
 from streamq.errors import UsageError, nearest
 from streamq.pairs import Pair
 from streamq.patterns import matches
-from streamq.recipe import LinearQuant, Recipe, SmoothStep, parse_recipe
+from streamq.recipe import AttentionStep, LinearQuant, Recipe, SmoothStep, parse_recipe
 from streamq.savers import Attention
+
+ROTATIONS = ("q_rot", "k_rot")  # what patterns of online_quarot are matched on, below an attention module
+# msModelSlim's types that no recipe for Wan has -> what to take instead.
+PEER_TYPES = {
+    "w4a8": "MindIE has no int4 weights; w8a8, or w4a4_mxfp4 for 4-bit weights",
+    "w8a8s": "no runtime here is sparse; w8a8",
+    "w16a16s": "no runtime here is sparse; w8a8",
+    "w8a8c8": "c8 is an 8-bit KV cache, and a video transformer keeps none; w8a8, or w8a8f8 for 8-bit attention",
+    "w4a8c8": "c8 is an 8-bit KV cache, and a video transformer keeps none; w8a8, or w4a4f8 for 8-bit attention",
+    "w4a4c8": "c8 is an 8-bit KV cache, and a video transformer keeps none; w4a4f8 has 8-bit attention",
+}
 
 
 def resolve(recipe: Recipe, layers: Iterable[str]) -> tuple[dict[str, Pair | None], list[str]]:
@@ -26,11 +37,15 @@ def resolve(recipe: Recipe, layers: Iterable[str]) -> tuple[dict[str, Pair | Non
     chosen: dict[str, Pair | None] = dict.fromkeys(names)
     warnings = list(recipe.warnings)
     taken: set[str] = set()
+    modules = [name.removesuffix(".q") for name in names if name.endswith("_attn.q")]
     for step in recipe.process:
-        _check_includes(recipe, step.include, f"{step.path}.include", names)
+        reached = _reached(step, modules) if isinstance(step, AttentionStep) else names
         for i, pattern in enumerate(step.exclude):
-            if not any(matches(name, pattern) for name in names):
+            if not any(matches(name, pattern) for name in reached):
                 warnings.append(f"recipe {recipe.name}: {step.path}.exclude.{i}: {pattern!r} matches no layer")
+        if isinstance(step, AttentionStep):
+            continue  # see resolve_attention
+        _check_includes(recipe, step.include, f"{step.path}.include", names)
         if not isinstance(step, LinearQuant):
             continue
         for override in step.overrides:
@@ -72,16 +87,59 @@ def resolve_attention(recipe: Recipe, modules: Sequence[str]) -> dict[str, Atten
     """Attention module (native name, `blocks.0.self_attn`) -> what the recipe does to it; those left alone are absent.
 
     Patterns of fa3_quant are matched on the module, those of online_quarot on `<module>.q_rot` and `.k_rot`.
-    Raises UsageError for an include that matches nothing, and for two fa3_quant steps that meet in one module.
+    Raises UsageError for an include that matches nothing, a step that takes nothing, two fa3_quant steps that meet in
+    one module, and a rotation of q without k.
     """
-    return {}
+    marked: dict[str, AttentionStep] = {}
+    rotated: dict[str, set[str]] = {}
+    for step in (step for step in recipe.process if isinstance(step, AttentionStep)):
+        reached = _reached(step, modules)
+        _check_includes(recipe, step.include, f"{step.path}.include", reached, "attention module")
+        taken = [name for name in reached if _takes(step, name)]
+        if not taken:
+            raise UsageError(
+                f"recipe {recipe.name}: {step.path}: {step.kind} takes none of the {len(modules)} attention modules;"
+                f" loosen include or exclude (it matches names like {reached[0]})"
+            )
+        for name in taken:
+            if step.kind == "online_quarot":
+                module, _, leaf = name.rpartition(".")
+                rotated.setdefault(module, set()).add(leaf)
+            elif name in marked:
+                raise UsageError(
+                    f"recipe {recipe.name}: {step.path}: takes {name}, which {marked[name].path} takes already; exclude"
+                    " it from one of them"
+                )
+            else:
+                marked[name] = step
+    for module, leaves in rotated.items():
+        if len(leaves) < len(ROTATIONS):
+            raise UsageError(
+                f"recipe {recipe.name}: online_quarot takes {module}.{leaves.pop()} alone; q and k are rotated together"
+                f" or not at all: include {module}.*"
+            )
+    found = [module for module in modules if module in marked or module in rotated]
+    return {m: Attention(marked[m].dtype if m in marked else "", m in rotated) for m in found}
 
 
-def _check_includes(recipe: Recipe, patterns: tuple[str, ...], path: str, names: list[str]) -> None:
+def _reached(step: AttentionStep, modules: Iterable[str]) -> list[str]:
+    """The names on which the patterns of a step about attention are matched."""
+    if step.kind == "online_quarot":
+        return [f"{module}.{leaf}" for module in modules for leaf in ROTATIONS]
+    return list(modules)
+
+
+def _takes(step: AttentionStep, name: str) -> bool:
+    return any(matches(name, p) for p in step.include) and not any(matches(name, p) for p in step.exclude)
+
+
+def _check_includes(
+    recipe: Recipe, patterns: tuple[str, ...], path: str, names: list[str], what: str = "linear layer"
+) -> None:
     for i, pattern in enumerate(patterns):
         if pattern != "*" and not any(matches(name, pattern) for name in names):
-            close = nearest(pattern, tuple(names)) or f"; layers are named like {names[0]}"
-            raise UsageError(f"recipe {recipe.name}: {path}.{i}: {pattern!r} matches no linear layer{close}")
+            close = nearest(pattern, tuple(names)) or f"; {what}s are matched by names like {names[0]}"
+            raise UsageError(f"recipe {recipe.name}: {path}.{i}: {pattern!r} matches no {what}{close}")
 
 
 def library() -> dict[str, str]:
@@ -109,10 +167,18 @@ def recipe_for(quant_type: str, form: str | None) -> Recipe:
             if form in (None, row_format):
                 return recipe
         formats = ", ".join(row_format for row_format, _ in rows)
-        raise UsageError(f"--quant_type {quant_type} is not written in the format {form}; it is in: {formats}")
+        has = ", ".join(kind for kind, others in served.items() if form in dict(others))
+        raise UsageError(
+            f"--quant_type {quant_type} is not written in the format {form}; it is in: {formats}"
+            + (f". {form} has: {has}" if has else "")
+        )
     if quant_type in recipes:
         return recipes[quant_type]
     known = tuple(served)
+    if quant_type in PEER_TYPES:
+        raise UsageError(
+            f"--quant_type {quant_type}: msModelSlim has it for other models; here: {PEER_TYPES[quant_type]}"
+        )
     raise UsageError(
         f"--quant_type {quant_type}: no such type here; have: {', '.join(known)}{nearest(quant_type, known)}"
     )

@@ -62,9 +62,11 @@ def place(
         layers = tuple(layer for layer in layers if ways[schemes[layer].type])
         _check_method(recipe, step, layers, schemes)
         known = ways[schemes[layers[0]].type] if layers else ()
-        possible = [way for way in known if _can(way, block, group, layers, model, schemes)]
+        able = {n: scheme for n, scheme in schemes.items() if ways[scheme.type]}  # to take a vector, in rows too
+        possible = [way for way in known if _can(way, block, group, layers, model, able)]
         if not possible:
-            (left if layers else unable)[group.name] += 1
+            four = all(schemes[layer].four_bit for layer in groups[name][2])
+            (unable if four and not layers else left)[group.name] += 1
             continue
         base = schemes[layers[0]]
         smooth = Smooth(step.method, step.alpha, step.scale_min, name, layers, possible[0], base, step.grid, step.rows)

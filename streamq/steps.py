@@ -15,6 +15,8 @@ from streamq.dtypes import TORCH_DTYPES
 from streamq.errors import RunError
 from streamq.journal import Commit, Journal
 from streamq.layers import Block, is_finite, quantize
+from streamq.lora import MergedSource
+from streamq.merge import merge
 from streamq.methods.rotation import online_hadamard
 from streamq.plan import ExpertPlan, Output, Plan, Step, Target, Unit, aligned
 from streamq.quantized import QuantizedLinear, Scheme, encode_vector
@@ -49,7 +51,50 @@ def load(step: Step, memory: torch.Tensor | None, work: Work) -> Any:
     for info, part in zip(step.sources, parts_of(step, memory) if memory is not None else (), strict=False):
         token = work.device.load(partial(work.source.read, info), part)
         work.source.drop(info)
+    if memory is not None and step.deltas:
+        token = _load_factors(step, memory, work)
     return token
+
+
+def _load_factors(step: Step, memory: torch.Tensor, work: Work) -> Any:
+    source, token = work.source, None
+    assert isinstance(source, MergedSource)
+    deltas = [delta for found in step.deltas for delta in found]
+    for delta, parts in zip(deltas, _factors(step, memory)[0], strict=True):
+        for factor, part in zip(delta.factors, parts, strict=True):
+            token = work.device.load(partial(source.read_factor, delta, factor), part)
+            source.drop_factor(delta, factor)
+    return token
+
+
+def _factors(step: Step, memory: torch.Tensor) -> tuple[list[list[torch.Tensor]], torch.Tensor]:
+    """Where the bytes of each LoRA's factors lie, delta after delta, and what is left; the codes come there later."""
+    room, found = parts_of(step, memory)[-1], []
+    for delta in (delta for deltas in step.deltas for delta in deltas):
+        parts = []
+        for factor in delta.factors:
+            parts.append(room[: factor.nbytes])
+            room = room[aligned(factor.nbytes) :]
+        found.append(parts)
+    return found, room
+
+
+def merge_loras(step: Step, memory: torch.Tensor, work: Work) -> None:
+    """Add to a step's tensors what the LoRAs bring, in place, once its bytes have arrived."""
+    if not step.deltas:
+        return
+    assert isinstance(work.source, MergedSource)
+    raw, room = _factors(step, memory)
+    arrived = iter(raw)
+    for info, tensor, deltas in zip(step.sources, tensors_of(step, memory), step.deltas, strict=True):
+        factors = [
+            [p.view(TORCH_DTYPES[f.dtype]).view(f.shape) for f, p in zip(delta.factors, next(arrived), strict=True)]
+            for delta in deltas
+        ]
+        if deltas:
+            merge(work.source, info, tensor, factors, room)
+        elif not is_finite(tensor):
+            raise damaged(info, work)
 
 
 def parts_of(step: Step, memory: torch.Tensor) -> list[torch.Tensor]:
@@ -65,6 +110,7 @@ def observe(unit: Unit, held: list[Loaded], work: Work, replay: Replay) -> Seen:
     for step, memory, token in held:
         if memory is not None:
             work.device.wait(token.result())
+            merge_loras(step, memory, work)
             for name, info, tensor in zip(step.tensors, step.sources, tensors_of(step, memory), strict=True):
                 if not is_finite(tensor):
                     raise damaged(info, work)

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 
 from streamq import hub, outputs, wan
-from streamq.checkpoint import Checkpoint, Source, read_header
+from streamq.checkpoint import Checkpoint, Source
 from streamq.compare import compare, layer_tensors, read
 from streamq.errors import StreamqError, UsageError
-from streamq.journal import JOURNAL
+from streamq.journal import JOURNAL, lora_entries
+from streamq.lora import attach, loras_of, open_loras
+from streamq.options import LoraOption
 from streamq.quantized import FOUR_BIT, OUTPUT_LIMIT
 from streamq.savers.shard import HASH_CHUNK, PARTIAL, sha256_of
 
@@ -37,11 +39,14 @@ class Report:
         return {"ok": not self.problems, "problems": self.problems, "layers": self.layers, "files": files}
 
 
-def verify(save_path: Path, source: str | None) -> Report:
+def verify(save_path: Path, source: str | None, lora: tuple[LoraOption, ...] = ()) -> Report:
     """Check a folder, and with `source` (path or hub id) every tensor's value against the float model.
 
-    Raises UsageError when there is nothing to be checked.
+    lora: what was merged into the model. Raises UsageError when there is nothing to be checked, and for other LoRAs
+    than the manifest names.
     """
+    if lora and source is None:
+        raise UsageError("--lora without --source; give the model that the LoRAs were merged into, too")
     if not save_path.is_dir():
         raise UsageError(f"{save_path}: no such folder")
     report = Report()
@@ -60,7 +65,9 @@ def verify(save_path: Path, source: str | None) -> Report:
             if name not in {output.format_name for output in found}:
                 report.problems.append(f"format {name}: made by this run, but no longer recognisable in {save_path}")
         report.problems += _useless(document)
-    experts = wan.open_model(hub.resolve(source, download=False)) if source else []
+    experts = attach(wan.open_model(hub.resolve(source, download=False)), open_loras(lora)) if source else []
+    if experts and document is not None:
+        _check_loras(save_path, document, experts)
     for output in found:
         checkpoint = _checked(report, output.checkpoint)
         if checkpoint is None:
@@ -72,6 +79,21 @@ def verify(save_path: Path, source: str | None) -> Report:
             report.layers |= layers
             report.problems += problems
     return report
+
+
+def _check_loras(save_path: Path, document: dict[str, Any], experts: list[wan.Expert]) -> None:
+    """Raise UsageError unless the LoRAs beside --source are those that the manifest names."""
+    due, given = document.get("lora", []), lora_entries(loras_of(expert.model for expert in experts))
+    if due != given:
+        made, have = (
+            ", ".join(f"{one.get('file')} at {one.get('strength')}" for one in entries) or "no LoRA"
+            for entries in (due, given)
+        )
+        other = " (a file or an expert of the same name differs)" if made == have else ""
+        raise UsageError(
+            f"{save_path}: was made with {made}, --source is given with {have}{other}; give --lora as it was given to"
+            " quant"
+        )
 
 
 def _useless(document: dict[str, Any]) -> list[str]:
@@ -109,7 +131,7 @@ def _check_files(save_path: Path, document: dict[str, Any], report: Report) -> N
 
 def _changed_tensors(path: Path, expected: dict[str, str]) -> list[str]:
     try:
-        _, infos = read_header(path, path.parent)
+        _, infos = outputs.header_of(path, path.parent)
     except UsageError:
         return []  # reported again, in full, where the folder's headers are read
     found = []
@@ -144,12 +166,16 @@ def _check_format(output: outputs.Output, checkpoint: Checkpoint, report: Report
 
 
 def _wrong_values(output: outputs.Output, checkpoint: Checkpoint, source: Source) -> list[str]:
-    """Numbers that no packed layer has. Formats that pack nothing are asked only beside their source."""
+    """Numbers that no layer of its type has."""
     found: list[str] = []
     for native, kind in output.format.layers_in(output.folder, checkpoint.tensors).items():
-        if kind in FOUR_BIT:
-            tensors = layer_tensors(output, checkpoint, source, native)
-            found += [f"{native}.{one}" for one in output.format.contradictions(tensors)]
+        if kind == "float":
+            continue
+        try:
+            wrong = output.format.contradictions(layer_tensors(output, checkpoint, source, native))
+        except (KeyError, RuntimeError, ValueError):  # a tensor is missing or has another shape: said already
+            continue
+        found += [f"{native}.{one}" for one in wrong]
     return found
 
 

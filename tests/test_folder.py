@@ -354,7 +354,7 @@ def test_finished_but_damaged(runs: Runs, works: Works, tmp_path: Path, how: str
     work, out = works("small", "--format", BOTH), tmp_path / "out"
     assert runs(work.argv(out)).status == 0
     files = [name for name in work.result if not name.endswith("/") and name != MANIFEST]
-    assert len(files) == 7
+    assert len(files) == 10
     for name in files:
         path, content = out / name, (out / name).read_bytes()
         if how == "flipped":
@@ -393,7 +393,7 @@ def test_overwrite_keeps_what_is_not_a_model(runs: Runs, works: Works, tmp_path:
         assert runs(old.argv(out)).status == 0
     kept = {
         "notes.txt": b"mine",
-        "mindie/README.md": b"mine too",
+        "mindie/NOTES.md": b"mine too",
         "holidays/beach.safetensors": b"not at a place of ours",
     }
     target = tmp_path / "elsewhere.safetensors"

@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from methods_kit import EVERY, PAIRS, edges, raw
+from methods_kit import scheme as scheme_of
 
 from streamq.methods import METHODS, int8
 from streamq.methods import smooth as smoothing
@@ -333,3 +335,73 @@ def test_compare_of_zeros_and_opposites() -> None:
     assert compare(a, torch.zeros(2)) == (1.0, 0.0) and compare(torch.zeros(2), a)[1] == 0.0
     rel_error, cosine = compare(a, torch.tensor([4.0, -3.0]))
     assert rel_error == pytest.approx(2**0.5) and cosine == pytest.approx(0, abs=1e-7)
+
+
+# --- every type ---
+
+BAD = [float("nan"), float("inf"), float("-inf")]
+
+
+@pytest.mark.parametrize(("kind", "rule", "method", "ext"), EVERY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_do_not_depend_on_the_tile(
+    kind: str, rule: Rule, method: str, ext: dict[str, object], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w, wanted = edges(53, 96 if "convrot" not in ext else 80, dtype), scheme_of(kind, rule, method, **ext)
+    if "convrot" not in ext and PAIRS[kind].weight.scope != "per_block":
+        w = w[:, :83].contiguous()  # the last vector of a row is not whole
+    given, kept = torch.full(w.shape, 77, dtype=torch.int8), w.clone()
+    whole = METHODS[kind](w, None, wanted, given)
+    assert whole.codes.data_ptr() == given.data_ptr() and whole.codes.shape == w.shape
+    assert whole.codes.dtype == (torch.float8_e4m3fn if kind in ("fp8", "w8a8_mxfp8") else torch.int8)
+    assert whole.scales.dtype == torch.float32 and len(whole.scales) == 53 and torch.isfinite(whole.scales).all()
+    for rows in (1, 2, 7, 52):
+        monkeypatch.setattr(int8, "CPU_TILE_BYTES", 4 * w.shape[1] * rows)
+        part = METHODS[kind](w, None, wanted)
+        assert torch.equal(raw(part.codes), raw(whole.codes)) and torch.equal(raw(part.scales), raw(whole.scales))
+        if whole.zeros is not None and part.zeros is not None:
+            assert torch.equal(raw(part.zeros), raw(whole.zeros))
+        assert (part.rel_error, part.cosine) == (whole.rel_error, whole.cosine)
+    assert torch.equal(raw(w), raw(kept))
+    rel_error, cosine = compare(w.double(), whole.effective().double())
+    assert whole.rel_error == pytest.approx(rel_error, rel=1e-3) and whole.cosine == pytest.approx(cosine, abs=1e-6)
+    assert 0 < whole.rel_error < 0.3 and (whole.zeros is not None) == (kind == "q4_0")
+
+
+@pytest.mark.parametrize(("kind", "rule", "method", "ext"), EVERY)
+@pytest.mark.parametrize("bad", BAD)
+def test_what_is_not_finite_shows_in_a_scale(
+    kind: str, rule: Rule, method: str, ext: dict[str, object], bad: float
+) -> None:
+    torch.manual_seed(0)
+    w = torch.randn(5, 64)
+    w[3, 40] = bad
+    layer = METHODS[kind](w, None, scheme_of(kind, rule, method, **ext))
+    assert layer.scales.isfinite().all(dim=1).tolist() == [True, True, True, False, True]
+
+
+@pytest.mark.parametrize(("kind", "rule", "method", "ext"), EVERY)
+def test_matrices_of_zeros_and_beyond_the_squares_of_fp32(
+    kind: str, rule: Rule, method: str, ext: dict[str, object]
+) -> None:
+    wanted = scheme_of(kind, rule, method, **ext)
+    zero = METHODS[kind](torch.zeros(3, 64), torch.zeros(3), wanted)
+    assert (zero.rel_error, zero.cosine) == (0.0, 1.0) and not zero.dequantize().any()
+    if kind not in ("q8_0", "q4_0"):  # whose scales end with fp16
+        torch.manual_seed(0)
+        huge = METHODS[kind](torch.randn(4, 64) * 2.0**100, None, wanted)
+        assert 0.001 < huge.rel_error < 0.3 and 0.95 < huge.cosine < 1
+
+
+@pytest.mark.parametrize("kind", list(PAIRS))
+def test_output_error_is_that_of_every_types_product(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamq.methods.report.TILE_BYTES", 4 * 96 * 7)
+    _, x = hot_inputs()
+    w = torch.randn(33, 96)
+    layer = METHODS[kind](w, torch.randn(33), scheme_of(kind, RULES[0]))
+    act = PAIRS[kind].act
+    y = x.double() @ w.double().T
+    made = fake_quantize(x, act).double() @ layer.dequantize().double().T
+    error, cosine = output_error(x, w, layer, act)
+    assert error == pytest.approx(float((made - y).norm() / y.norm()), rel=1e-3)
+    assert cosine == pytest.approx(float((made * y).sum() / made.norm() / y.norm()), abs=1e-6)

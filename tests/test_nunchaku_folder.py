@@ -218,7 +218,8 @@ def test_usage_is_a_program(tmp_path: Path, family: str) -> None:
         write(of, folder, lambda _: RANK_32)
     pipeline = {"t2v": "WanPipeline", "i2v": "WanImageToVideoPipeline", "vace": "WanVACEPipeline"}[of.family]
     for given in (folders, {"": tmp_path / "transformer"}):
-        text = "\n".join(nunchaku.usage(given))
+        shown = {name: str(folder) for name, folder in given.items()}
+        text = "\n".join(nunchaku.usage(shown, of, {}, SaveOptions()))
         compile(text, "usage", "exec")
         assert text.index('os.environ["DIFFUSERS_TRUST_REMOTE_KERNELS"] = "true"') < text.index("from diffusers import")
         assert "kernels" in text.splitlines()[0] and "torch_dtype=torch.bfloat16" in text
@@ -227,8 +228,7 @@ def test_usage_is_a_program(tmp_path: Path, family: str) -> None:
 
 
 def test_usage_of_the_single_file(tmp_path: Path) -> None:
-    write(model(tmp_path / "source"), tmp_path / "out", lambda _: RANK_32, SINGLE)
-    (line,) = nunchaku.usage({"": tmp_path / "out"})
+    (line,) = nunchaku.usage({"": "out"}, model(tmp_path / "source"), {}, SINGLE)
     assert "nothing loads" in line
 
 

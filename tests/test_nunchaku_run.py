@@ -158,7 +158,7 @@ def test_the_single_file_says_who_loads_it(made: Runs, tmp_path: Path) -> None:
     model, out = made.model(), tmp_path / "out"
     done = quant(model, out, MINMAX, "--layout", "single")
     assert "nothing loads Wan from the single file" in done.stderr
-    assert sorted(path.name for path in out.iterdir()) == ["streamq.json", "svdq-int4_r16.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "streamq.json", "svdq-int4_r16.safetensors"]
     folder, single = tensors_in(made.out(model, MINMAX)), tensors_in(out)
     assert set(single) - set(folder) == {n.replace(".qweight", ".smooth_factor_orig") for n in folder if "qweight" in n}
     assert all(torch.equal(_raw(tensor), _raw(single[name])) for name, tensor in folder.items())

@@ -76,7 +76,7 @@ def test_the_seed_recipe_runs_as_it_is(model: Path, tmp_path: Path) -> None:
     result = run(*common, out, "--config_path", tmp_path / "seed.yaml")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert {path.name for path in out.iterdir()} == {
-        WEIGHTS, "quant_model_description_w8a8_dynamic.json", "config.json", "streamq.json",
+        WEIGHTS, "quant_model_description_w8a8_dynamic.json", "config.json", "streamq.json", "README.md",
     }  # fmt: skip
     description = json.loads((out / "quant_model_description_w8a8_dynamic.json").read_text())
     kinds = {name: kind for name, kind in description.items() if name.endswith(".weight") and ".ffn." in name}

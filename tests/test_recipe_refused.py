@@ -163,14 +163,13 @@ def test_a_wrong_value(refused: Refused, path: str, value: Any, says: tuple[str,
     refused(edited((path, value)), path, *says)
 
 
-LATER = ["online_quarot", "fa3_quant"]
 PEER_S = [
     "awq", "flex_smooth_quant", "flex_awq_ssz", "quarot", "svd_res", "flatquant", "autoround_quant", "kv_smooth",
     "float_sparse", "adapt_rotation", "group", "module_func",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", LATER + PEER_S)
+@pytest.mark.parametrize("kind", PEER_S)
 def test_a_step_of_the_peer_s_that_streamq_lacks(refused: Refused, kind: str) -> None:
     refused(steps({"type": kind, "include": ["*"]}, step(["*"])), f"{STEP}.type", kind, "linear_quant")
 
@@ -196,7 +195,11 @@ def test_weights_alone_are_no_type_of_these_formats(refused: Refused, act: Any, 
         ({"scope": "per_block", "dtype": "mxfp8"}, {}, (QCONFIG, "mxfp8")),
         ({"scope": "per_token"}, {"scope": "per_block"}, (QCONFIG, "per_block")),
         ({"scope": "per_tensor"}, {"dtype": "mxfp4", "scope": "per_block"}, (QCONFIG, "mxfp4")),
-        ({"scope": "per_block", "dtype": "mxfp8"}, {"scope": "per_block", "dtype": "mxfp8"}, ("w8a8_mxfp8", "w8a8")),
+        ({"scope": "per_block", "dtype": "mxfp8"}, {"scope": "per_block", "dtype": "mxfp4"}, (QCONFIG, "w8a8_mxfp8")),
+        ({"scope": "per_token"}, {"dtype": "int4"}, (QCONFIG, "w4a8", "w4a4_mxfp4")),
+        ({"scope": "per_token"}, {"scope": "per_group"}, (QCONFIG, "per_group", "w8a8")),
+        ({"dtype": "int4", "scope": "per_token"}, {"dtype": "int4"}, (QCONFIG, "int4", "w4a4_mxfp4")),
+        ({"dtype": "float"}, {"dtype": "int4"}, (QCONFIG, "int4", "nunchaku", "gguf")),
     ],
 )
 def test_a_pair_that_no_runtime_here_has(

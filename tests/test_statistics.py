@@ -201,6 +201,8 @@ def test_ranges_refuse_what_they_lack() -> None:
     with pytest.raises(ValueError, match="mean"):
         _ = stats.mean
     with pytest.raises(ValueError, match="no such rounding"):
+        fake_quantize(torch.zeros(1, 32), QConfig("per_token", "mxfp8"))
+    with pytest.raises(ValueError, match="2 columns are no multiple of the block size 32"):
         fake_quantize(torch.zeros(1, 2), QConfig("per_block", "mxfp8"))
     with pytest.raises(ValueError, match="no such rounding"):
         fake_quantize(torch.zeros(1, 64), QConfig("per_group", "int4"))

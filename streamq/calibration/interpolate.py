@@ -24,6 +24,7 @@ from streamq.calibration.store import SampleInfo, Shapes, file_name, shapes_of
 from streamq.checkpoint import Source
 from streamq.device.cpu import host_bytes
 from streamq.errors import RunError
+from streamq.lora import open_source
 from streamq.savers.shard import ShardWriter, layout
 from streamq.stages import Lane
 from streamq.wan import Expert, Model
@@ -151,7 +152,7 @@ def write_expert(
     numbers, firsts = numbered(work.keys)
     label = f"{expert.name}: " if expert.name else ""
     with ExitStack() as stack:
-        source = stack.enter_context(closing(Source(expert.model.checkpoint)))
+        source = stack.enter_context(closing(open_source(expert.model)))
         shell = open_shell(source, expert.model, dtype, device)
         rows = rows_of(shell, work)
         infos = [

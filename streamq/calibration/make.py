@@ -158,13 +158,15 @@ def describe(settings: CalibSettings, experts: Sequence[Expert], schedule: Sched
 
 
 def fingerprint(model: Model) -> str:
-    """Tells models apart, whatever their layout and shards: names, dtypes, shapes and each tensor's first bytes."""
+    """Tells models apart, whatever their layout and shards: names, dtypes, shapes, each tensor's first bytes; LoRAs."""
     digest = hashlib.sha256()
     with closing(Source(model.checkpoint)) as source:
         for name, info in sorted(model.tensors.items()):
             first = bytearray(min(FINGERPRINT_BYTES, info.nbytes))
             source.read(info, 0, memoryview(first))
             digest.update(f"{name} {info.dtype} {info.shape}".encode() + bytes(first))
+    for lora in model.lora.loras if model.lora else ():
+        digest.update(repr(lora.identity).encode())
     return digest.hexdigest()
 
 

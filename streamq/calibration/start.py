@@ -72,7 +72,8 @@ def check_inputs(plan: Plan, watcher: Watcher) -> None:
         check_content(given, name)
     made_with = given.document.get("model")
     if made_with != {part.expert.name: fingerprint(part.expert.model) for part in plan.experts}:
-        watcher.said(f"warning: --calib {given.path}: made with other weights than {plan.source_path}'s")
+        merged = " with its LoRAs" if plan.loras else ""
+        watcher.said(f"warning: --calib {given.path}: made with other weights than {plan.source_path}'s{merged}")
 
 
 def _inputs(plan: Plan, device: Device, journal: Journal, watcher: Watcher) -> CalibSet:

@@ -41,6 +41,7 @@ from streamq.calibration.settings import Schedule, states_len, tokens_of
 from streamq.calibration.store import SampleInfo
 from streamq.checkpoint import Source
 from streamq.errors import UsageError, format_bytes
+from streamq.lora import open_source
 from streamq.savers.shard import disk_errors
 from streamq.wan import Expert
 from streamq.wan.blocks import BlockRunner, Shared, Shell, flow, names_in
@@ -167,7 +168,7 @@ class Trajectory:
         keys = [self.conditions.states_key(self._prompt(k.video), self._text(k.video, k.negative)) for k in kept]
         numbers, firsts = numbered(keys)
         with ExitStack() as stack:
-            source = stack.enter_context(closing(Source(model.checkpoint)))
+            source = stack.enter_context(closing(open_source(model)))
             shell = open_shell(source, model, self.dtype, self.device)
             rows = {k.step: self._rows(shell, k) for k in kept}
             infos = [

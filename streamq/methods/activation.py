@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from streamq.methods.floats import E4M3_TOP, mx_fake_quantize, round_e4m3_
 from streamq.methods.statistics import Histogram, InputStatistics
 from streamq.pairs import QConfig
 from streamq.quantized import QuantizedLinear, StaticInput
@@ -111,8 +112,9 @@ def _mse(histogram: Histogram, lo: Tensor, hi: Tensor, symmetric: bool) -> Stati
 def fake_quantize(x: Tensor, config: QConfig, static: StaticInput | None = None) -> Tensor:
     """What the runtime's rounding leaves of x [..., K] fp32, as a new tensor (float: x itself).
 
-    int8 per_token: scale amax(row) / 127. int8 per_tensor: by `static`. Raises ValueError for what no int8 runtime has
-    (4 bits in groups: `fourbit.fake_quantize_input`), or without `static`.
+    int8 per_token: scale amax(row) / 127. int8 per_tensor: by `static`. fp8_e4m3 per_token: scale amax(row) / 448,
+    halves to even. mxfp8, mxfp4 per_block: `floats.mx_fake_quantize`. Raises ValueError for anything else (4 bits in
+    groups: `fourbit.fake_quantize_input`), without `static`, and for columns that are not whole blocks.
     """
     codes, factor = quantize_input(x, config, static)
     return codes if factor is None else codes.mul_(factor)
@@ -120,14 +122,21 @@ def fake_quantize(x: Tensor, config: QConfig, static: StaticInput | None = None)
 
 @torch.no_grad()
 def quantize_input(x: Tensor, config: QConfig, static: StaticInput | None = None) -> tuple[Tensor, Tensor | None]:
-    """x [..., K] fp32 as whole numbers and what they are multiples of: [..., 1], or 0-dim if static; float: x and None.
+    """x [..., K] fp32 as codes' values and what they are multiples of: [..., 1], or 0-dim if static.
 
-    int8 only; a static input's codes come less their offset. Raises ValueError as `fake_quantize` does.
+    A static input's whole numbers come less their offset. Float: x itself, and None; in blocks: what is left of x, and
+    None. Raises ValueError as `fake_quantize` does.
     """
     if config.dtype == "float":
         return x, None
     if (config.dtype, config.scope) == ("int8", "per_token"):
-        return _round(x, 127, -128)
+        scale = _token_scale(x, 127)
+        return torch.div(x, scale).round_().clamp_(-128, 127), scale
+    if (config.dtype, config.scope) == ("fp8_e4m3", "per_token"):
+        scale = _token_scale(x, E4M3_TOP)
+        return round_e4m3_(torch.div(x, scale)), scale
+    if config.dtype in ("mxfp8", "mxfp4") and config.scope == "per_block":
+        return mx_fake_quantize(x, config.dtype), None
     if (config.dtype, config.scope) == ("int8", "per_tensor"):
         if static is None:
             raise ValueError("a per_tensor input needs its static range")
@@ -138,11 +147,10 @@ def quantize_input(x: Tensor, config: QConfig, static: StaticInput | None = None
     raise ValueError(f"activations {config.dtype} {config.scope}: no such rounding")
 
 
-def _round(x: Tensor, qmax: int, qmin: int) -> tuple[Tensor, Tensor]:
-    """Symmetric, one scale for each vector along the last dimension."""
-    scale = torch.maximum(x.amax(dim=-1, keepdim=True), x.amin(dim=-1, keepdim=True).neg_())
-    scale = scale.div_(torch.full((), float(qmax), device=x.device)).clamp_min_(TOKEN_FLOOR)
-    return torch.div(x, scale).round_().clamp_(qmin, qmax), scale
+def _token_scale(x: Tensor, top: float) -> Tensor:
+    """[..., 1]: largest magnitude along the last dimension, over top."""
+    amax = torch.maximum(x.amax(dim=-1, keepdim=True), x.amin(dim=-1, keepdim=True).neg_())
+    return amax.div_(torch.full((), top, device=x.device)).clamp_min_(TOKEN_FLOOR)
 
 
 @torch.no_grad()

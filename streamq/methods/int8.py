@@ -8,6 +8,14 @@ temporaries cost more than the arithmetic. A row's result does not depend on its
 (`mse` compares sums, whose last bit may differ from device to device).
 
 With smoothing the same is done to W · columns / rows, made tile by tile; errors are always those of the weight itself.
+With `ext` key `convrot` (ComfyUI's ConvRot, `rotation.rotate`) to that, in fp32, rotated in groups of so many columns.
+
+torchao's own arithmetic, on the weight (smoothed: the product) cast to bf16, after torchao `quantize_affine`:
+
+    s = max(amax / 127.5, 2^-23), in bf16        q = clamp(round_half_even(w · (1 / s)), -128, 127), in fp32
+
+Beside the codes it holds two tiles of fp32 rows (CPU_TILE_BYTES or DEVICE_TILE_BYTES each), with ConvRot five (smaller
+ones on an accelerator, `tile_rows`), with GPTQ what `gptq` says.
 """
 
 from __future__ import annotations
@@ -23,14 +31,18 @@ from streamq.dtypes import TORCH_DTYPES
 from streamq.methods.activation import static_input
 from streamq.methods.gptq import gptq
 from streamq.methods.report import relative_and_cosine
+from streamq.methods.rotation import rotate, unrotate
 from streamq.methods.statistics import InputStatistics
 from streamq.quantized import QuantizedLinear, Rule, Scheme
 
 QMAX = 127
+TORCHAO_QMAX = 127.5  # half of the 255 steps from -128 to 127
+TORCHAO_FLOOR = 2.0**-23  # least scale
 CPU_TILE_BYTES = 5 << 19  # 2.5 MiB of fp32: 128 rows of 5120; larger tiles fall out of the cache
 DEVICE_TILE_BYTES = 64 << 20
 # Shares of a row's amax that the `mse` method tries as its clipping point.
 MSE_RATIOS = tuple(1 - i / 100 for i in range(0, 61))
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "torchao": torch.bfloat16}  # by arithmetic; source: its own
 
 
 @torch.no_grad()
@@ -47,9 +59,10 @@ def quantize(
     """Quantize a weight [out, in] of any float dtype. `out`: int8 [out, in] to be filled, else a new tensor.
 
     columns [in], rows [out], fp32: the weight's columns are multiplied, its rows and the bias divided by them first, in
-    fp32 whatever the rule says; the bias then is fp32. stats: of the unsmoothed input; needed for a per_tensor
-    activation and for method `gptq`, else ValueError. A Gram matrix that GPTQ cannot factorize gives plainly rounded
-    codes and a RuntimeWarning. A row that holds NaN or Inf gets a scale that is not finite; the caller looks.
+    fp32 whatever the rule says (what follows too, but for torchao's); the bias then is fp32. stats: of the unsmoothed
+    input; needed for a per_tensor activation and for method `gptq`, else ValueError, as for gptq with ConvRot. A Gram
+    matrix that GPTQ cannot factorize gives plainly rounded codes and a RuntimeWarning. A row that holds NaN or Inf gets
+    a scale that is not finite; the caller looks.
     """
     act, config = scheme.pair.act, scheme.pair.weight
     static = None
@@ -61,19 +74,30 @@ def quantize(
         bias = bias.bfloat16()
     if bias is not None and rows is not None:
         bias = bias.float() / rows
-    job = _Job(weight, scheme, out, columns, rows)
+    job = Job(weight, scheme, out, columns, rows)
     if config.method == "gptq":
         if stats is None or stats.gram is None:
             raise ValueError("gptq needs the Gram matrix of the layer's input")
+        if job.work.rotation:
+            raise ValueError("gptq of a rotated weight: its Gram matrix is not rotated")
         job.round_gptq(stats.gram, dict(config.ext))
     else:
         job.round()
     rel_error, cosine = job.errors()
-    return QuantizedLinear(scheme, job.codes, job.scales, bias, weight.dtype, rel_error, cosine, columns, rows, static)
+    return QuantizedLinear(scheme, job.codes, job.scales, bias, weight.dtype, rel_error, cosine, columns, rows, static,
+                           rotation=job.work.rotation)  # fmt: skip
 
 
-class _Job:
+def tile_rows(width: int, device: torch.device, tiles: int = 2) -> int:
+    """Rows of fp32 that make a tile, of which a method holds so many; on an accelerator they take two's memory."""
+    size = CPU_TILE_BYTES if device.type == "cpu" else DEVICE_TILE_BYTES * 2 // max(2, tiles)
+    return max(1, size // (4 * width))
+
+
+class Job:
     """One matrix on its way: what is filled in tile by tile, and the scratch memory for that."""
+
+    TILES = 2
 
     def __init__(
         self, weight: Tensor, scheme: Scheme, out: Tensor | None, columns: Tensor | None, rows: Tensor | None
@@ -81,17 +105,19 @@ class _Job:
         count, width = weight.shape
         device = weight.device
         self.weight, self.rule, self.config = weight, scheme.rule, scheme.pair.weight
+        self.torchao = self.rule.arithmetic == "torchao"
         self.codes = torch.empty(count, width, dtype=torch.int8, device=device) if out is None else out
         self.scales = torch.empty(count, 1, dtype=torch.float32, device=device)
         # Row norms: of the error, of the weight, and of what it became.
         self.lost = torch.empty(count, dtype=torch.float32, device=device)
         self.norm, self.made = torch.empty_like(self.lost), torch.empty_like(self.lost)
-        self.step = max(1, (CPU_TILE_BYTES if device.type == "cpu" else DEVICE_TILE_BYTES) // (4 * width))
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(self.rule.arithmetic, weight.dtype)
-        if columns is not None or rows is not None:
+        rotation = int(dict(self.config.ext).get("convrot", 0))
+        self.step = tile_rows(width, device, self.TILES + 3 * (rotation > 0))
+        dtype = _DTYPES.get(self.rule.arithmetic, weight.dtype)
+        if not self.torchao and (columns is not None or rows is not None or rotation):
             self.rule, dtype = replace(self.rule, arithmetic="fp32"), torch.float32
         rows = None if rows is None else rows.unsqueeze(1)
-        self.work = _Tile(min(self.step, count), width, dtype, device, columns, rows)
+        self.work = Tile(min(self.step, count), width, dtype, device, columns, rows, rotation)
 
     def parts(self) -> list[slice]:
         count = self.weight.shape[0]
@@ -99,23 +125,36 @@ class _Job:
 
     def round(self, method: str = "") -> None:
         """Fill scales, codes and norms; by `method`, or the recipe's."""
-        rule, work, weight = self.rule, self.work, self.weight
+        work, weight = self.work, self.weight
         mse = (method or self.config.method) == "mse"
-        # In fp32, with a scale that is amax / 127 and no less, |w / s| stays below 127.5 by construction.
-        clips = mse or rule.arithmetic != "fp32" or rule.scale_dtype != "F32"
         whole = self.whole(mse) if self.config.scope == "per_tensor" else None
         for part in self.parts():
             w = work.cast(weight, part)
             amax = work.row_amax(w) if whole is None else whole.expand(w.shape[0], 1)
             if mse and whole is None:
-                amax = _mse_amax(w, amax, rule, work)
-            scale = _scale(amax, rule)
-            q = torch.div(w, scale, out=work.q[: w.shape[0]]).round_()
-            if clips:
-                q.clamp_(rule.qmin, QMAX)
+                amax = _mse_amax(w, amax, self)
+            scale = self.scale(amax)
+            q = self.values(w, scale, mse)
             self.codes[part].copy_(q)
             self.scales[part].copy_(scale)
             self.measure(q, part, w)
+
+    def scale(self, amax: Tensor) -> Tensor:
+        """[rows, 1] amax -> the scale, in amax's dtype, rounded to what the runtime will keep of it."""
+        if self.torchao:
+            return stored_scale(amax, replace(self.rule, scale_floor=TORCHAO_FLOOR), TORCHAO_QMAX)
+        return stored_scale(amax, self.rule, QMAX)
+
+    def values(self, w: Tensor, scale: Tensor, clip: bool) -> Tensor:
+        """Whole numbers of a tile, in scratch memory; `clip`: the scale may be less than amax / 127."""
+        rule, count = self.rule, w.shape[0]
+        if self.torchao:
+            wide = self.work.wide[:count].copy_(w)
+            return wide.mul_(scale.float().reciprocal_()).round_().clamp_(-128, QMAX)
+        q = torch.div(w, scale, out=self.work.q[:count]).round_()
+        # In fp32, with a scale that is amax / 127 and no less, |w / s| stays below 127.5 by construction.
+        clips = clip or rule.arithmetic != "fp32" or rule.scale_dtype != "F32"
+        return q.clamp_(rule.qmin, QMAX) if clips else q
 
     def whole(self, mse: bool) -> Tensor:
         """[1, 1] amax, or clipping point, of the whole matrix; NaN if any element is."""
@@ -124,8 +163,8 @@ class _Job:
             highs = [work.row_amax(work.cast(self.weight, part)).amax() for part in parts]
             amax = torch.stack(highs).amax().reshape(1, 1)
         else:
-            amax = _amax(self.weight, self.step).to(work.dtype)
-        return _mse_whole(self.weight, amax, self.rule, work, parts) if mse else amax
+            amax = _amax(self.weight, self.step).to(work.dtype)  # rounding keeps the order
+        return _mse_whole(self, amax) if mse else amax
 
     def round_gptq(self, gram: Tensor, ext: dict[str, object]) -> None:
         """Scales as without GPTQ (`ext` key `scales`: minmax or mse), codes by it. Holds the weight in fp32 once."""
@@ -145,7 +184,8 @@ class _Job:
 
     def measure(self, q: Tensor, part: slice, w: Tensor) -> None:
         # The error is against what the source holds, also where it was cast to bf16 or smoothed first.
-        original = self.weight[part] if self.work.scaled or self.rule.arithmetic == "bf16" else w
+        changed = self.work.undoes or self.rule.arithmetic in ("bf16", "torchao")
+        original = self.weight[part] if changed else w
         self.work.errors(q, self.scales[part], original, part, self.lost, self.norm, self.made)
 
     def errors(self) -> tuple[float, float]:
@@ -161,7 +201,7 @@ class _Job:
         return relative_and_cosine(a, b, lost)
 
 
-class _Tile:
+class Tile:
     """Scratch memory for a tile of rows, allocated once a matrix; and the vectors that scale it."""
 
     def __init__(
@@ -172,9 +212,13 @@ class _Tile:
         device: torch.device,
         columns: Tensor | None = None,
         rows: Tensor | None = None,
+        rotation: int = 0,
     ) -> None:
-        self.dtype, self.columns, self.rows = dtype, columns, rows
-        self.scaled = columns is not None or rows is not None
+        self.dtype, self.columns, self.rows, self.rotation = dtype, columns, rows, rotation
+        smoothed = columns is not None or rows is not None
+        self.scaled = smoothed or rotation > 0
+        # For errors a rotation alone need not be taken back: it leaves every norm as it is.
+        self.undoes = smoothed or rotation > 0 and dtype != torch.float32
         self.w = torch.empty(count, width, dtype=dtype, device=device)
         self.q = torch.empty(count, width, dtype=dtype, device=device)
         self.wide = self.q if dtype == torch.float32 else torch.empty(count, width, device=device)
@@ -186,7 +230,10 @@ class _Tile:
         rows = weight[part]
         if rows.dtype == self.dtype and not self.scaled:
             return rows
-        return self.scale(self.w[: rows.shape[0]].copy_(rows), part)
+        w = self.w[: rows.shape[0]]
+        if self.scaled and self.dtype != torch.float32:
+            return w.copy_(self.scale(self.wide[: rows.shape[0]].copy_(rows), part))
+        return self.scale(w.copy_(rows), part)
 
     def whole(self, weight: Tensor) -> Tensor:
         """All of it, as fp32."""
@@ -195,10 +242,14 @@ class _Tile:
     def scale(self, w: Tensor, part: slice) -> Tensor:
         if self.columns is not None:
             w.mul_(self.columns)
-        return w if self.rows is None else w.div_(self.rows[part])
+        if self.rows is not None:
+            w.div_(self.rows[part])
+        return w.copy_(rotate(w, self.rotation)) if self.rotation else w
 
     def undone(self, w: Tensor, part: slice) -> Tensor:
         """`scale` taken back, in place, in w's dtype and on its device."""
+        if self.rotation:
+            w.copy_(unrotate(w, self.rotation))
         if self.columns is not None:
             w.div_(self.columns.to(w))
         return w if self.rows is None else w.mul_(self.rows[part].to(w))
@@ -218,18 +269,18 @@ class _Tile:
             wide.copy_(q)
         wide.mul_(scale)
         if made is not None:
-            torch.linalg.vector_norm(self.undone(wide, part), dim=1, out=made[part])
+            torch.linalg.vector_norm(self.undone(wide, part) if self.undoes else wide, dim=1, out=made[part])
         torch.linalg.vector_norm(wide.sub_(w), dim=1, out=lost[part])
         if w.dtype != torch.float32:
             w = wide.copy_(w)
         torch.linalg.vector_norm(w, dim=1, out=norm[part])
 
 
-def _scale(amax: Tensor, rule: Rule) -> Tensor:
-    """[rows, 1] amax -> the scale, in amax's dtype, rounded to what the runtime will keep of it."""
+def stored_scale(amax: Tensor, rule: Rule, qmax: float) -> Tensor:
+    """[rows, 1] amax / qmax, in amax's dtype, rounded to what the runtime will keep of it."""
     # A divisor on the device: CUDA multiplies by the reciprocal of a Python number, which may cost the last bit.
-    qmax = torch.full((), QMAX, dtype=amax.dtype, device=amax.device)
-    scale = amax.clamp_min(rule.amax_floor).div_(qmax).clamp_min_(rule.scale_floor)
+    top = torch.full((), qmax, dtype=amax.dtype, device=amax.device)
+    scale = amax.clamp_min(rule.amax_floor).div_(top).clamp_min_(rule.scale_floor)
     kept = TORCH_DTYPES.get(rule.scale_dtype, scale.dtype)
     return scale.to(kept).to(scale.dtype)
 
@@ -240,40 +291,41 @@ def _amax(weight: Tensor, step: int) -> Tensor:
     return torch.stack(parts).amax().reshape(1, 1)
 
 
-def _mse_amax(w: Tensor, amax: Tensor, rule: Rule, work: _Tile) -> Tensor:
+def _mse_amax(w: Tensor, amax: Tensor, job: Job) -> Tensor:
     """The clipping point per row, of MSE_RATIOS·amax, whose squared error is least; the largest of equals."""
     best = torch.full_like(amax, float("inf"), dtype=torch.float32)
     chosen = amax.clone()
     lost, norm = (torch.empty(w.shape[0], dtype=torch.float32, device=w.device) for _ in range(2))
     for ratio in MSE_RATIOS:
         candidate = amax * ratio
-        _try(w, candidate, rule, work, lost, norm)
+        _try(w, candidate, job, lost, norm)
         better = lost.unsqueeze(1) < best
         best = torch.where(better, lost.unsqueeze(1), best)
         chosen = torch.where(better, candidate, chosen)
     return torch.where(amax.isfinite(), chosen, amax)
 
 
-def _mse_whole(weight: Tensor, amax: Tensor, rule: Rule, work: _Tile, parts: list[slice]) -> Tensor:
+def _mse_whole(job: Job, amax: Tensor) -> Tensor:
     """The same for one scale for the whole matrix; amax is [1, 1]."""
+    parts, device = job.parts(), job.weight.device
     best, chosen = float("inf"), amax
-    lost, norm = (torch.empty(parts[0].stop, dtype=torch.float32, device=weight.device) for _ in range(2))
+    lost, norm = (torch.empty(parts[0].stop, dtype=torch.float32, device=device) for _ in range(2))
     for ratio in MSE_RATIOS:
         candidate, total = amax * ratio, 0.0
         for part in parts:
-            w, count = work.cast(weight, part), part.stop - part.start
-            _try(w, candidate, rule, work, lost[:count], norm[:count])
+            w, count = job.work.cast(job.weight, part), part.stop - part.start
+            _try(w, candidate, job, lost[:count], norm[:count])
             total += float(lost[:count].cpu().double().square().sum())
         if total < best:
             best, chosen = total, candidate
     return chosen
 
 
-def _try(w: Tensor, amax: Tensor, rule: Rule, work: _Tile, lost: Tensor, norm: Tensor) -> None:
+def _try(w: Tensor, amax: Tensor, job: Job, lost: Tensor, norm: Tensor) -> None:
     """Row errors of a tile, clipped at amax ([rows, 1] or [1, 1])."""
-    scale = _scale(amax, rule)
-    q = torch.div(w, scale, out=work.q[: w.shape[0]]).round_().clamp_(rule.qmin, QMAX)
-    work.errors(q, scale.float(), w, slice(None), lost, norm)
+    scale = job.scale(amax)
+    q = job.values(w, scale, clip=True)
+    job.work.errors(q, scale.float(), w, slice(None), lost, norm)
 
 
 def _options(ext: dict[str, object]) -> dict[str, Any]:

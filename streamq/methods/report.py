@@ -9,6 +9,7 @@ from torch import Tensor
 
 from streamq.methods import fourbit
 from streamq.methods.activation import fake_quantize
+from streamq.methods.rotation import rotate
 from streamq.pairs import QConfig
 from streamq.quantized import QuantizedLinear
 
@@ -78,12 +79,14 @@ def output_error(x_rows: Tensor, weight: Tensor, layer: QuantizedLinear, act: QC
     """(relative error, cosine) of the quantized layer's output against x W^T, without the bias, in fp32.
 
     x_rows [m, in], weight [out, in]: the source's own, of any float dtype. The layer's output is fake_quantize(x /
-    smooth) · dequantized^T, with 4-bit activations as the kernels round them, plus the low-rank branch of x itself,
-    times `rows`, where the layer has these. Sums and their results are not rounded to half precision, as they are in
-    the kernels. Goes through in tiles of output rows.
+    smooth, rotated) · dequantized^T, with Nunchaku's activations as its kernels round them, plus the low-rank branch of
+    x itself, times `rows`, where the layer has these. Sums and their results are not rounded to half precision, as they
+    are in the kernels. Goes through in tiles of output rows.
     """
     x, branch = x_rows.float(), layer.low_rank
     smoothed = x if layer.smooth is None else x / layer.smooth
+    if layer.rotation:
+        smoothed = rotate(smoothed, layer.rotation)
     if act.dtype in fourbit.GROUP:
         fed = fourbit.fake_quantize_input(smoothed, act.dtype)
     else:

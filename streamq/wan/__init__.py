@@ -5,10 +5,11 @@
 """
 
 from streamq.wan.groups import GROUPS, WAYS, Group, group_of
-from streamq.wan.model import Expert, Linear, Model, check_model_type, describe, open_model, version_of
+from streamq.wan.model import COMFYUI_PREFIX, Expert, Linear, Model, check_model_type, describe, open_model, version_of
 from streamq.wan.names import block_of, to_diffusers, to_native, unit_of
 
 __all__ = [
+    "COMFYUI_PREFIX",
     "GROUPS",
     "WAYS",
     "Expert",

@@ -27,6 +27,7 @@ from streamq.checkpoint import Source
 from streamq.device.cpu import host_bytes
 from streamq.dtypes import TORCH_DTYPES
 from streamq.errors import UsageError
+from streamq.merge import merged
 from streamq.wan.config import diffusers_config, keeps_fp32, vace_layers
 from streamq.wan.model import Model
 from streamq.wan.names import to_native, unit_of
@@ -56,7 +57,7 @@ def tensors_of(source: Source, model: Model, names: Iterable[str], device: torch
         info = model.tensors[name]
         tensor = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
         source.read(info, 0, host_bytes(tensor))
-        found[name] = tensor.to(device)
+        found[name] = merged(source, info, tensor.to(device))
     return found
 
 

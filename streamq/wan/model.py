@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamq.checkpoint import Checkpoint, TensorInfo, load_json, open_checkpoint
 from streamq.errors import UsageError, nearest
@@ -30,6 +30,9 @@ from streamq.wan.names import (
     to_diffusers,
     to_native,
 )
+
+if TYPE_CHECKING:
+    from streamq.lora import LoraPlan
 
 HEAD_DIM = 128  # every released Wan
 COMFYUI_PREFIX = "model.diffusion_model."
@@ -92,6 +95,7 @@ class Model:
     """One Wan transformer (one expert), as its tensors describe it.
 
     `tensors` maps diffusers names to what lies in the checkpoint, in model order: blocks, VACE blocks, the rest.
+    `lora`: what is merged into them when they are read (`streamq.lora`).
     """
 
     checkpoint: Checkpoint
@@ -106,6 +110,7 @@ class Model:
     n_vace_blocks: int
     tensors: dict[str, TensorInfo]
     warnings: tuple[str, ...]
+    lora: LoraPlan | None = None
 
     @property
     def blocks(self) -> list[str]:

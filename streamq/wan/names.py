@@ -75,6 +75,11 @@ def to_native(diffusers: str) -> str:
     return rename(diffusers, BLOCK_BACK, TOP_BACK) or diffusers
 
 
+def modulation_of(module: str) -> tuple[str, ...]:
+    """What a module's modulation may be called, native or diffusers: a parameter without a leaf."""
+    return f"{module}.modulation", f"{module}.scale_shift_table"
+
+
 def block_of(name: str) -> str | None:
     """`"blocks.3"` for anything inside that block (`"vace_blocks.0"` likewise), None for the rest."""
     match = re.match(rf"({_BLOCK_NUMBER})\.", name)

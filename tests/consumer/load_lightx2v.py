@@ -19,13 +19,14 @@ from torch.nn import functional
 
 from consumer.wan_block import Weights, per_token, tensors_in
 
+SCHEMES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 AFFINE = {"norm1": "affine_norm1", "norm2": "affine_norm3"}
 FLOAT_LINEARS = ("text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2", "time_projection.1")
 
 
 @dataclass
 class Registered:
-    """Names that LightX2V looks up: int8 layers, and float tensors."""
+    """Names that LightX2V looks up: quantized layers, and float tensors."""
 
     layers: list[str] = field(default_factory=list)
     floats: list[str] = field(default_factory=list)
@@ -60,8 +61,8 @@ def registered(config: dict[str, Any], *, branch: bool, first_last: bool = False
 
 
 class LightX2V(Weights):
-    """A loaded folder. `exact`: tensors as they lie on the disk, as in a lazy load; else scales, biases and affine
-    tensors rounded to bf16, as in a plain one. `act`: round activations to int8, a scale a token."""
+    """A loaded folder of one scheme, `int8` or `fp8`. `exact`: tensors as they lie on the disk, as in a lazy load; else
+    scales, biases and affine tensors rounded to bf16, as in a plain one. `act`: round activations, a scale a token."""
 
     def __init__(
         self, folder: Path, *, branch: bool = False, first_last: bool = False, exact: bool = False, act: bool = True
@@ -71,6 +72,7 @@ class LightX2V(Weights):
         for key in ("dim", "ffn_dim", "in_dim", "num_heads", "num_layers"):
             assert key in self.config, key
         self.exact, self.act = exact, act
+        self.scheme = ""
         self.names = registered(self.config, branch=branch, first_last=first_last)
         for name in self.names.floats:
             self.tensors[name]  # noqa: B018 - LightX2V's own KeyError
@@ -79,7 +81,10 @@ class LightX2V(Weights):
     def _layer(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """Codes, scale and bias of what LightX2V would compute with; it takes anything, this does not."""
         codes, scale, bias = (self.tensors.get(f"{name}.{leaf}") for leaf in ("weight", "weight_scale", "bias"))
-        assert codes is not None and codes.dtype == torch.int8 and codes.ndim == 2, f"{name}: not int8"
+        assert codes is not None and codes.dtype in SCHEMES and codes.ndim == 2, f"{name}: of no scheme"
+        self.scheme = self.scheme or SCHEMES[codes.dtype]
+        assert SCHEMES[codes.dtype] == self.scheme, f"{name}: LightX2V reads one scheme, {self.scheme}"
+        assert bool(codes.float().isfinite().all()), f"{name}: codes"
         assert scale is not None and scale.shape == (len(codes), 1), f"{name}: LightX2V loads its scale as None"
         assert bias is not None and bias.shape == (len(codes),), f"{name}: LightX2V loads its bias as None"
         assert scale.is_floating_point() and bias.is_floating_point(), name
@@ -102,11 +107,12 @@ class LightX2V(Weights):
     def weight(self, name: str) -> Tensor:
         """What a layer multiplies with."""
         codes, scale, _ = self.layers[name]
-        return codes.double() * scale
+        return codes.float().double() * scale
 
     def product(self, name: str, x: Tensor) -> Tensor:
-        """Dynamic int8, a scale a token."""
-        x = per_token(x) if self.act else x
+        """Dynamic, a scale a token."""
+        if self.act:
+            x = per_token(x) if self.scheme == "int8" else per_token_e4m3(x)
         return functional.linear(x, self.weight(name), self.layers[name][2])
 
     def affine(self, block: str, norm: str) -> tuple[Tensor, Tensor]:
@@ -115,3 +121,9 @@ class LightX2V(Weights):
             return super().affine(block, norm)
         weight, bias = (self._kept(self.tensors[f"{block}.{AFFINE[norm]}.{leaf}"]) for leaf in ("weight", "bias"))
         return weight, bias
+
+
+def per_token_e4m3(x: Tensor) -> Tensor:
+    """What fp8 with a scale a token leaves of x."""
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448
+    return (x / scale).clamp(-448, 448).float().to(torch.float8_e4m3fn).double() * scale

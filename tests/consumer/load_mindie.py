@@ -19,6 +19,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 STANDIN = Path(__file__).resolve().parent / "torch_npu_standin"
 sys.path.insert(0, str(STANDIN))
@@ -30,6 +31,7 @@ from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 INT8_TYPES = ("W8A8_DYNAMIC", "W8A8")
+MX_TYPES = ("W8A8_MXFP8", "W4A4_MXFP4")
 
 
 class Affine(nn.Module):
@@ -176,6 +178,93 @@ def check_linear(
     }
 
 
+def mx_weight(kind: str, codes: Tensor, exponents: Tensor) -> Tensor:
+    """What stored MX tensors stand for, by the formats' definition."""
+    mx = importlib.import_module("torch_npu").mx
+    if (kind == "W4A4_MXFP4") != (codes.dtype == torch.uint8):
+        raise TypeError(f"{kind} in {codes.dtype}")
+    weight: Tensor = mx.mx_values(codes, exponents.unflatten(1, (-1, 2)))
+    return weight
+
+
+def check_mx_linear(
+    layer: nn.Module,
+    name: str,
+    kind: str,
+    quantized: dict[str, Tensor],
+    state: dict[str, Tensor],
+    divided: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> dict[str, object]:
+    """Compare one replaced MX layer with what is stored and with the float layer."""
+    npu = importlib.import_module("torch_npu")
+    smoothed = f"{name}.div.mul_scale" in quantized
+    prefix = f"{name}.linear" if smoothed else name
+    codes, exponents = quantized[f"{prefix}.weight"], quantized[f"{prefix}.weight_scale"]
+    mul = quantized[f"{name}.div.mul_scale"].to(dtype) if smoothed else torch.ones(1, dtype=dtype)
+    weight, bias = mx_weight(kind, codes, exponents), quantized[f"{prefix}.bias"].double()
+    rows = divided.get(f"{name}.rows", torch.ones(1)).double()
+    columns = divided.get(f"{name}.columns", torch.ones(1)).double()
+    float_weight = state[f"{name}.weight"].double() * columns / rows.unsqueeze(1)
+    float_bias = state[f"{name}.bias"].double() / rows
+    x = torch.randn(2, 24, weight.shape[1]).to(dtype)
+    actual = layer(x).double()
+    wanted = npu.float8_e4m3fn if kind == "W8A8_MXFP8" else npu.float4_e2m1fn_x2
+    rounded = npu.mx.mx_values(*npu.npu_dynamic_mx_quant((x * mul).flatten(0, 1), dst_type=wanted))
+    reference = rounded @ weight.T + bias
+    expected = (x.double() @ float_weight.T + float_bias).flatten(0, 1)
+    held = layer.get_buffer("weight")
+    return {
+        "type": kind,
+        "class": type(layer).__name__,
+        "smoothed": layer.mul_scale is not None,
+        "codes_equal": held.dtype == codes.dtype and torch.equal(held.view(torch.uint8), codes.view(torch.uint8)),
+        "output": [str(layer(x).dtype).removeprefix("torch."), *actual.shape],
+        # against rounded input and stored weight; against the float layer
+        "forward_error": relative(actual.flatten(0, 1) - reference, reference),
+        "float_error": relative(actual.flatten(0, 1) - expected, expected),
+        "weight_error": relative(weight * mul.double() - float_weight, float_weight),
+    }
+
+
+def float_attention(query: Tensor, key: Tensor, value: Tensor, **how: Any) -> tuple[Tensor]:
+    """FP8 attention as its operator is documented: tiles times scales, softmax, in float64. [B, N, S, D]."""
+
+    def wide(name: str, tensor: Tensor, rows: int) -> Tensor:
+        scale = how[f"dequant_scale_{name}"].double()
+        spread = scale.repeat_interleave(rows, 2)[:, :, : tensor.shape[2]]
+        return tensor.double() * spread.repeat_interleave(128, 3)[..., : tensor.shape[3]]
+
+    q, k, v = wide("query", query, 128), wide("key", key, 256), wide("value", value, 256)
+    scores = (q @ k.transpose(-1, -2) * how["softmax_scale"]).softmax(-1)
+    return ((scores @ v).to(how["out_dtype"]),)
+
+
+def check_attention(module: nn.Module, heads: int, dtype: torch.dtype) -> dict[str, object]:
+    """What `quantize` hung on an attention module, and how far its attention is from plain attention."""
+    made: Any = module.fa_quant
+    report: dict[str, object] = {"class": type(made).__name__, "rotated": getattr(made, "q_rot", None) is not None}
+    size = module.get_submodule("norm_q").get_parameter("weight").shape[0] // heads
+    q, k, v = (torch.randn(1, heads, 48, size).to(dtype) for _ in range(3))
+    q[..., 0] *= 5  # an outlier, which a rotation spreads
+    k[..., 0] *= 0.2
+    due = (q.double() @ k.double().transpose(-1, -2) / size**0.5).softmax(-1) @ v.double()
+    if report["rotated"]:
+        create = importlib.import_module("mindiesd.quantization.utils").create_online_hadamard_rot
+        report["own_rotation"] = torch.equal(made.q_rot, create(size, dtype=torch.bfloat16))
+        report["same_rotation"] = torch.equal(made.q_rot, made.k_rot)
+    if type(made).__name__ == "FP8RotateQuantFA":
+        layer = importlib.import_module("mindiesd.quantization.layer")
+        vars(layer)["fused_infer_attention_score_v2"] = float_attention  # the operator is compiled code for the NPU
+        report["forward_error"] = relative(made(q, k, v).double() - due, due)
+    else:
+        turned, by = made._apply_rotate(q, k)
+        scores = turned.double() @ by.double().transpose(-1, -2)
+        plain = q.double() @ k.double().transpose(-1, -2)
+        report["forward_error"] = relative(scores - plain, plain)
+    return report
+
+
 def inspect_folder(folder: Path, source: Path, dtype: torch.dtype, divided: dict[str, Tensor]) -> dict[str, object]:
     """Quantize the float model by ``folder`` and describe every linear of it."""
     quantize = importlib.import_module("mindiesd.quantization").quantize
@@ -203,15 +292,19 @@ def inspect_folder(folder: Path, source: Path, dtype: torch.dtype, divided: dict
                 left.append(name)
             else:
                 wrong[name] = f"FLOAT, yet now {type(layer).__name__}"
-        elif kind not in INT8_TYPES:
-            wrong[name] = f"type {kind}, not an int8 one"
+        elif kind not in INT8_TYPES + MX_TYPES:
+            wrong[name] = f"type {kind}, which this check does not know"
         elif layer is original or isinstance(layer, nn.Linear):
             wrong[name] = f"{kind}, yet left alone"
         else:
-            report[name] = check_linear(layer, name, kind, quantized, state, divided, dtype)
+            check = check_mx_linear if kind in MX_TYPES else check_linear
+            report[name] = check(layer, name, kind, quantized, state, divided, dtype)
     for name in sorted(types.keys() - after.keys()):
         wrong[name] = "described, yet not in the model"
+    heads = int(json.loads((source / "config.json").read_text(encoding="utf-8"))["num_heads"])
+    marked = {name: module for name, module in after.items() if hasattr(module, "fa_quant")}
     return {
+        "attention": {name: check_attention(module, heads, dtype) for name, module in marked.items()},
         "model_quant_type": description["model_quant_type"],
         "dtype": str(dtype).removeprefix("torch."),
         "quantized": report,

@@ -1,6 +1,6 @@
 """CPU stand-in for ``torch_npu``, for tests only.
 
-It lets ``mindiesd`` be imported on a machine without an Ascend NPU. Four operators
+It lets ``mindiesd`` be imported on a machine without an Ascend NPU. A few operators
 follow the formulas and the int8 dtype rules of the public operator documentation;
 intermediate results are kept in float32, so the last bit may differ from an NPU.
 Every other name resolves to a function that raises, so nothing passes by accident.
@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import npu
+from . import mx, npu
 
 __all__ = [
     "float4_e2m1fn_x2",
@@ -26,6 +26,8 @@ __all__ = [
     "float8_e8m0fnu",
     "npu",
     "npu_dtype_cast",
+    "npu_dynamic_block_quant",
+    "npu_dynamic_mx_quant",
     "npu_dynamic_quant",
     "npu_format_cast",
     "npu_quant_matmul",
@@ -77,11 +79,19 @@ def npu_quant_matmul(
     pertoken_scale: Tensor | None = None,
     bias: Tensor | None = None,
     output_dtype: torch.dtype | None = None,
+    **mx_only: Any,
 ) -> Tensor:
     """Multiply int8 by int8 with int32 sums, scale, add the bias, cast.
 
-    An int32 bias is added to the int32 sums before scaling, a float one after it.
+    An int32 bias is added to the int32 sums before scaling, a float one after it. With
+    ``group_sizes``: MX by MX.
     """
+    if mx_only:
+        formats = mx_only.pop("x1_dtype", None), mx_only.pop("x2_dtype", None)
+        wanted = {"scale_dtype": float8_e8m0fnu, "pertoken_scale_dtype": float8_e8m0fnu, "group_sizes": [1, 1, 32]}
+        if mx_only != wanted or pertoken_scale is None or output_dtype is None:
+            raise NotImplementedError(f"npu_quant_matmul stand-in: {mx_only}")
+        return mx.mx_matmul(x1, x2, scale, pertoken_scale, bias, output_dtype, formats)
     if x1.dtype != torch.int8 or x2.dtype != torch.int8:
         raise TypeError(f"npu_quant_matmul: {x1.dtype} @ {x2.dtype}, int8 expected")
     if output_dtype not in (torch.float16, torch.bfloat16):
@@ -102,6 +112,10 @@ def npu_quant_matmul(
     if bias is not None:
         result = result + bias.float()
     return result.to(output_dtype)
+
+
+npu_dynamic_mx_quant = mx.dynamic_mx_quant
+npu_dynamic_block_quant = mx.dynamic_block_quant
 
 
 def npu_format_cast(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
