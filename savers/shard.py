@@ -76,7 +76,7 @@ def layout(
 
 
 class ShardWriter:
-    """One file that is being written front to back. Not thread-safe: one thread writes."""
+    """One file that is being written front to back. One thread writes; another may sync."""
 
     def __init__(self, folder: Path, file: TensorFile) -> None:
         self.file = file
@@ -178,17 +178,20 @@ class ShardWriter:
             done, view = 0, memoryview(data)
             while done < len(view):
                 done += os.pwrite(self._descriptor, view[done:], self.position + done)
+            # Begins to bring them to the disk, so that `sync` finds little left to wait for.
+            os.posix_fadvise(self._descriptor, self.position, len(view), os.POSIX_FADV_DONTNEED)
         self.position += len(data)
 
     def sync(self) -> None:
-        """Bring what was written to the disk, and let its pages go."""
+        """Bring what was written to the disk, and let its pages go. May run beside the thread that writes more."""
         if self._descriptor >= 0:
+            position = self.position  # what is written from here on is not synced by this call
             with disk_errors(self.partial):
                 os.fdatasync(self._descriptor)
             if os.fstat(self._descriptor).st_nlink == 0:
                 raise RunError(f"{self.partial}: removed while it was written; start again with --no_resume")
-            os.posix_fadvise(self._descriptor, 0, self.position, os.POSIX_FADV_DONTNEED)
-            if self.position == self.file.size:
+            os.posix_fadvise(self._descriptor, 0, position, os.POSIX_FADV_DONTNEED)
+            if position == self.file.size:
                 self.close()
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -98,11 +99,13 @@ def quantize(
     statistics = _statistics(name, block)
     columns = block.vector(scheme.smooth) if scheme.smooth else None
     rows = block.vector(scheme.rows) if scheme.rows else None
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always", RuntimeWarning)
+    # What needs no data warns of nothing, and may be at work in several threads, which share the process's filters.
+    with warnings.catch_warnings(record=True) if scheme.needs_data else nullcontext([]) as said:
+        if scheme.needs_data:
+            warnings.simplefilter("always", RuntimeWarning)
         layer = METHODS[scheme.type](weight, bias, scheme, out, columns=columns, rows=rows, stats=statistics)
     report: dict[str, object] = dict(_figures(layer, weight, statistics))
-    notes = [str(one.message) for one in said if one.category is RuntimeWarning]
+    notes = [str(one.message) for one in said or () if one.category is RuntimeWarning]
     if layer.static is not None and (saturated := static_tensors(layer)[-1]):
         notes.append(f"{saturated} biases are too large for int32 at their scale, and were cut to it")
     error = report.get("output_rel_error")

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, closing
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -30,7 +31,7 @@ from streamq.layers import Block, is_finite
 from streamq.lora import open_source
 from streamq.plan import COPY_CHUNK, ExpertPlan, Plan, Step, Unit
 from streamq.savers.shard import Place, ShardWriter, write_whole
-from streamq.stages import Arena, Lane, Watcher
+from streamq.stages import Arena, Lane, Team, Watcher
 from streamq.steps import Loaded, Work, damaged, load, made, merge_loras, observe
 
 # A step, the tensors to be written (None: its source is copied), and whether they take room in the arena.
@@ -70,24 +71,30 @@ def _run_expert(
     watcher: Watcher,
 ) -> None:  # fmt: skip
     with ExitStack() as files:
-        source, hasher = open_source(part.expert.model), Lane(plan.options.read_ahead, "hasher")
+        # Where there are several targets. An accelerator is one anyway, and has one ring of staging memory.
+        several = len(plan.targets) if device.kind == "cpu" and plan.options.read_ahead else 1
+        source, hasher = open_source(part.expert.model), Lane(plan.options.read_ahead, "hasher", several)
         files.enter_context(closing(source))
         files.enter_context(closing(hasher))
         replay = files.enter_context(open_replay(plan, part, todo, device, journal, watcher))
         arena, chunk = Arena(device, plan.arena_nbytes), torch.empty(COPY_CHUNK, dtype=torch.uint8)
-        _run_units(Work(plan, part, device, source, writers, journal, watcher, hasher, replay, arena, chunk), todo)
+        teams = [files.enter_context(closing(Team(several, name))) for name in ("method", "file")]
+        work = Work(plan, part, device, source, writers, journal, watcher, hasher, *teams, replay, arena, chunk)
+        _run_units(work, todo)
 
 
 def _run_units(work: Work, units: list[Unit]) -> None:
     depth = work.plan.options.read_ahead
-    with closing(Lane(depth, "reader")) as reader, closing(Lane(depth, "writer")) as writer:
+    lanes = (closing(Lane(depth, name)) for name in ("committer", "reader", "writer"))
+    with next(lanes) as committer, next(lanes) as reader, next(lanes) as writer:
         loaded = _read_ahead([step for unit in units for step in unit.steps], work, reader, writer)
         for unit in units:
             commit, block, steps = Commit(unit.key), Block(), islice(loaded, len(unit.steps))
             ready: Iterable[Ready] = (_ready(*one, work, commit, block) for one in steps)
             if unit.replayed and work.replay is not None:
                 held = list(steps)  # the whole block, before anything goes through it
-                writer.drain()  # the block before it is committed, so its inputs may go
+                writer.drain()
+                committer.drain()  # the block before it, so its inputs may go
                 block.seen = observe(unit, held, work, work.replay)
                 ready = [_ready(*one, work, commit, block) for one in held]
                 work.replay.go_on(unit.name, block.layers)
@@ -96,8 +103,9 @@ def _run_units(work: Work, units: list[Unit]) -> None:
                     writer.submit(_copy, step, work, commit)
                 else:
                     writer.submit(_write, tensors, work.device.mark(), work, commit, in_arena)
-            writer.submit(_commit, unit, work, commit)
+            writer.submit(committer.submit, _commit, unit, work, commit)
         writer.drain()
+        committer.drain()
 
 
 def _read_ahead(steps: list[Step], work: Work, reader: Lane, writer: Lane) -> Iterator[Loaded]:
@@ -129,14 +137,21 @@ def _ready(
 
 
 def _write(tensors: list[tuple[Place, torch.Tensor]], token: Any, work: Work, commit: Commit, held: bool) -> None:
+    files: dict[int, list[tuple[Place, torch.Tensor]]] = {}
+    for place, tensor in tensors:
+        files.setdefault(place.file, []).append((place, tensor))
+    work.files.run([partial(_append, part, token, work, commit) for part in files.values()])
+    if held:
+        work.arena.give_back()
+
+
+def _append(tensors: list[tuple[Place, torch.Tensor]], token: Any, work: Work, commit: Commit) -> None:
     for place, tensor in tensors:
         writer = work.writers[place.file]
         writer.begin(place)
         for view in work.device.store(tensor, token):
             writer.append(view, work.hasher.start)
         commit.tensors.setdefault(writer.file.path, {})[place.name] = writer.end()
-    if held:
-        work.arena.give_back()
 
 
 def _copy(step: Step, work: Work, commit: Commit) -> None:

@@ -94,11 +94,18 @@ class Step:
 
     @property
     def working_nbytes(self) -> int:
-        """Bytes that it takes in memory while it is worked on: its source, the codes of each distinct scheme, and what
-        a format packs them into."""
+        """Bytes that it takes in memory while it is worked on: its source, the codes of each distinct scheme, what a
+        format packs them into, and what it casts."""
         codes = len(self.schemes) * math.prod(self.sources[0].shape)
         packed = sum(p.nbytes for o in self.outputs if o.scheme is not None and o.scheme.packed for p in o.places)
-        room = max(aligned(codes) + aligned(packed), self.merge_nbytes)
+        cast = sum(
+            place.nbytes
+            for output in self.outputs
+            if output.scheme is None and output.smooth is None
+            for place, info in zip(output.places, self.sources, strict=False)
+            if place.dtype != info.dtype
+        )
+        room = max(aligned(codes) + aligned(packed) + aligned(cast), self.merge_nbytes)
         return sum(aligned(info.nbytes) for info in self.sources) + room
 
     @property

@@ -417,9 +417,10 @@ class _Builder:
                 self.documents.append((path, document.content, form.MODE))
             folders = {name: "/".join(part for part in (card.FOLDER, form.EXPERTS[name]) if part) for name in names}
             usage[target.name] = form.usage(folders, model, schemes, save)
+            measured = any(scheme is not None and scheme.needs_data for scheme in schemes.values())
             made = card.make_card(
                 target.name, self.layers[target.name], _config_id(target.recipe),
-                _facts(self.options, experts, calibration), usage[target.name], calibration is not None,
+                _facts(self.options, experts, calibration if measured else None), usage[target.name], measured,
             )  # fmt: skip
             path = f"{target.folder}/{card.NAME}".lstrip("/")
             found[path] = made

@@ -7,10 +7,10 @@ path and not code of their own: an arena that is small, or lanes without threads
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -19,9 +19,11 @@ from streamq.errors import RunError
 from streamq.journal import Commit
 from streamq.plan import Plan, Unit
 
+T = TypeVar("T")
+
 
 class Watcher(Protocol):
-    """Whoever shows how far a run is. Called from the thread that writes."""
+    """Whoever shows how far a run is. `committed` is called from the thread that commits."""
 
     def started(self, plan: Plan, done: set[str]) -> None:
         """Work begins; the units in `done` were committed by an earlier run."""
@@ -69,12 +71,13 @@ class Arena:
 class Lane:
     """A thread that does jobs in order, at most `depth` of them outstanding. At depth 0 there is no thread.
 
+    With several `threads` each job begins in order, and may end after a later one.
     Once a job has failed no later one is done, queued though it may be: a commit must not follow a failed write.
     """
 
-    def __init__(self, depth: int, name: str) -> None:
+    def __init__(self, depth: int, name: str, threads: int = 1) -> None:
         self.depth = depth
-        self._pool = ThreadPoolExecutor(1, name) if depth else None
+        self._pool = ThreadPoolExecutor(threads, name) if depth else None
         self._outstanding: deque[Future[Any]] = deque()
         self._failed = False
 
@@ -108,5 +111,25 @@ class Lane:
 
     def close(self) -> None:
         """Drop what has not begun, wait for what has."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Team:
+    """Threads that do a few jobs side by side, for one caller at a time. A team of one has no thread."""
+
+    def __init__(self, count: int, name: str) -> None:
+        self._pool = ThreadPoolExecutor(count, name) if count > 1 else None
+
+    def run(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
+        """Every job's result, in their order. Raises a job's error, once none is at work any more."""
+        if self._pool is None or len(jobs) < 2:
+            return [job() for job in jobs]
+        begun = [self._pool.submit(job) for job in jobs]
+        wait(begun)  # the memory that they work in is theirs until then
+        return [job.result() for job in begun]
+
+    def close(self) -> None:
+        """Let the threads end."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)

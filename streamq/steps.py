@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from streamq.methods.rotation import online_hadamard
 from streamq.plan import ExpertPlan, Output, Plan, Step, Target, Unit, aligned
 from streamq.quantized import QuantizedLinear, Scheme, encode_vector
 from streamq.savers.shard import Place, ShardWriter
-from streamq.stages import Arena, Lane, Watcher
+from streamq.stages import Arena, Lane, Team, Watcher
 
 if TYPE_CHECKING:
     from streamq.calibration.replay import Replay, Seen
@@ -41,6 +42,8 @@ class Work:
     journal: Journal
     watcher: Watcher
     hasher: Lane
+    methods: Team
+    files: Team
     replay: Replay | None
     arena: Arena
     chunk: torch.Tensor
@@ -128,8 +131,7 @@ def made(
 ) -> list[tuple[Place, torch.Tensor]]:  # fmt: skip
     """Every target's tensors of one step. Targets with equal schemes share the work."""
     tensors = [] if memory is None else tensors_of(step, memory)
-    room = None if memory is None else parts_of(step, memory)[-1]
-    made: dict[Scheme, tuple[QuantizedLinear, dict[str, Any]]] = {}
+    made = {} if memory is None else _quantized(step, tensors, parts_of(step, memory)[-1], work, block)
     found: list[tuple[Place, torch.Tensor]] = []
     for output in step.outputs:
         target, smooth = work.plan.targets[output.target], output.smooth
@@ -143,22 +145,33 @@ def made(
             kept = [t.to(TORCH_DTYPES[p.dtype]) for p, t in zip(output.places, tensors, strict=True)]
             found += zip(output.places, kept, strict=True)
         else:
-            if output.scheme not in made:
-                assert room is not None
-                count, weight, bias = tensors[0].numel(), tensors[0], tensors[1] if len(tensors) > 1 else None
-                codes, room = room[:count].view(torch.int8).view(weight.shape), room[count:]
-                made[output.scheme] = quantize(step.name, weight, bias, output.scheme, block, codes)
-                layer = made[output.scheme][0]
-                for number, values in ((0, layer.scales), (0, layer.zeros), (1, bias)):
-                    if values is not None and not torch.isfinite(values).all():
-                        raise damaged(step.sources[number], work)
-                block.layers.setdefault(step.name, layer)
             layer, commit.layers.setdefault(target.name, {})[step.label] = made[output.scheme]
             if (folded := output.scheme.smooth) is not None and folded.way != "layer":
                 entry = {"way": folded.way, "values": encode_vector(block.vector(folded))}
                 commit.vectors.setdefault(target.name, {})[_label(folded.group, work)] = entry
             found += zip(output.places, _encoded(layer, target, step), strict=True)
     return found
+
+
+def _quantized(
+    step: Step, tensors: list[torch.Tensor], room: torch.Tensor, work: Work, block: Block
+) -> dict[Scheme, tuple[QuantizedLinear, dict[str, Any]]]:
+    """The step's layer by each distinct scheme, side by side where nothing but the weight is looked at."""
+    jobs: dict[Scheme, Callable[[], tuple[QuantizedLinear, dict[str, Any]]]] = {}
+    for scheme in (output.scheme for output in step.outputs if output.scheme):
+        if scheme not in jobs:
+            weight, bias = tensors[0], tensors[1] if len(tensors) > 1 else None
+            codes = room[: weight.numel()].view(torch.int8).view(weight.shape)
+            room = room[weight.numel() :]
+            jobs[scheme] = partial(quantize, step.name, weight, bias, scheme, block, codes)
+    apart = not any(scheme.needs_data for scheme in jobs)
+    results = work.methods.run(list(jobs.values())) if apart else [job() for job in jobs.values()]
+    for layer, _ in results:
+        for number, values in ((0, layer.scales), (0, layer.zeros), (1, layer.bias)):
+            if values is not None and not torch.isfinite(values).all():
+                raise damaged(step.sources[number], work)
+        block.layers.setdefault(step.name, layer)
+    return dict(zip(jobs, results, strict=True))
 
 
 def _rotations(output: Output, work: Work) -> list[torch.Tensor]:

@@ -139,7 +139,13 @@ def test_lightx2v_folder(tmp_path: Path, tiny: Tiny, layout: str) -> None:
     out = quantize(source, tmp_path / "out", "--format", "lightx2v")
     blocks = {"block_0.safetensors", "block_1.safetensors", "non_block.safetensors"}
     index = "diffusion_pytorch_model.safetensors.index.json"
-    assert {path.name for path in out.iterdir()} == blocks | {"config.json", index, "streamq.json", "README.md", "lightx2v_config.json"}
+    assert {path.name for path in out.iterdir()} == blocks | {
+        "config.json",
+        index,
+        "streamq.json",
+        "README.md",
+        "lightx2v_config.json",
+    }
     config = json.loads((out / "config.json").read_text())
     expected: dict[str, Any] = {"dim": 64, "ffn_dim": 128, "in_dim": 36, "out_dim": 16, "num_heads": 2, "num_layers": 2,
                                 "eps": 1e-6, "freq_dim": 256, "text_len": 512, "model_type": "i2v"}  # fmt: skip

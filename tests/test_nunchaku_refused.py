@@ -92,7 +92,10 @@ BAD: dict[str, tuple[list[Step], tuple[str, ...]]] = {
     "no round": ([step("w4a4", "svdquant", ext={"rounds": 0})], (f"{WEIGHT}.ext.rounds: 0", "from 1")),
     "unknown svd": ([step("w4a4", "svdquant", ext={"svd": "fast"})], (f"{WEIGHT}.ext.svd", "randomised")),
     "misspelt key": ([step("w4a4", "svdquant", ext={"ranks": 32})], (f"{WEIGHT}.ext.ranks", "nearest: rank")),
-    "rank without svdquant": ([changed(MINMAX[0], "qconfig.weight.ext.rank", 32)], (f"{WEIGHT}.ext.rank", "known here")),
+    "rank without svdquant": (
+        [changed(MINMAX[0], "qconfig.weight.ext.rank", 32)],
+        (f"{WEIGHT}.ext.rank", "known here"),
+    ),
     "awq before w4a4": (
         [{"type": "smooth_quant", "method": "awq"}, SVDQUANT],
         (f"{SMOOTHING}.method: awq", "w4a4", "svdquant, or smoothquant"),

@@ -239,7 +239,7 @@ def test_overwrite_killed(runs: Runs, works: Works, tmp_path: Path) -> None:
 @pytest.mark.parametrize("formats", ["mindie", BOTH])
 def test_resumes_instead_of_starting_over(runs: Runs, works: Works, tmp_path: Path, formats: str) -> None:
     """What is committed is not written again: otherwise all tests above would pass without any resuming."""
-    work = works("three", "--format", formats)
+    work = works("three", "--format", formats, "--read_ahead", 0)  # with threads, calls have no order to count by
     out = stop(runs, work, tmp_path / "out", commits=2)
     ended = runs(work.argv(out))
     assert ended.status == 0 and "resuming: 2 of 4 units" in ended.err
@@ -259,9 +259,10 @@ def failed_as_told(work: Work) -> Callable[[Fault, Ended], str]:
     def judge(fault: Fault, ended: Ended) -> str:
         if complaint := ended.complaint(1):
             return complaint
-        path = work.calls[fault.at - 1].split()[1]
-        if Path(path).name not in ended.errors[0]:
-            return f"{path} is not named: {ended.errors[0]}"
+        # Of this run's own calls: several files are written side by side, and their order is not that of another run.
+        failed = {Path(call.split()[1]).name for call in ended.calls[fault.at - 1 :][: None if fault.forever else 1]}
+        if not any(name in ended.errors[0] for name in failed):
+            return f"none of {sorted(failed)} is named: {ended.errors[0]}"
         return "" if "run" in ended.errors[0] else f"no next step: {ended.errors[0]}"
 
     return judge

@@ -137,10 +137,10 @@ def test_vace_config_says_where_its_blocks_are(tmp_path: Path, tiny: Tiny, layou
 
 def test_the_scale_is_a_true_quotient() -> None:
     """Not amax times the reciprocal of 127, as CUDA has it for a Python divisor: that differs in some last bits."""
-    from streamq.methods.int8 import _scale
+    from streamq.methods.int8 import QMAX, stored_scale
     from streamq.quantized import Rule
 
     amax = torch.rand(100_000, 1, generator=torch.Generator().manual_seed(0)) + 0.01
     exact = torch.from_numpy(amax.numpy() / torch.tensor(127, dtype=torch.float32).numpy())
-    assert torch.equal(_scale(amax.clone(), Rule()), exact)
+    assert torch.equal(stored_scale(amax.clone(), Rule(), QMAX), exact)
     assert not torch.equal(amax * (1 / torch.tensor(127.0)), exact)

@@ -119,11 +119,11 @@ def plan_calibration(
     chosen = _merged(recipes)
     gptq = any(s.pair.weight.method == "gptq" for part in schemes for s in part.values())
     smooth = any(s.smooth for part in schemes for s in part.values())
-    next_input = chosen.get("next_input") or ("quantized" if gptq and not smooth and len(recipes) == 1 else "float")
+    next_input = chosen.get("next_input") or ("quantized" if gptq and not smooth else "float")
     if next_input == "quantized" and len(recipes) > 1:
         raise UsageError(
-            f"spec.calibration.next_input quantized: each of the {len(recipes)} formats would need a replay of its own;"
-            " write one format a run, or use float"
+            f"spec.calibration.next_input quantized{'' if 'next_input' in chosen else ', the default of gptq'}: each of"
+            f" the {len(recipes)} formats would need a replay of its own; write one format a run, or use next_input: float"
         )
     settings = settings_of({"seed": seed} | chosen)
     shapes, samples = {}, {}
