@@ -1,6 +1,6 @@
 """Output formats: one module each, which knows the names, dtypes, files and configuration of one runtime.
 
-A format is a module with these names (see `Format`); adding one is a file and a row in FORMATS.
+A format is a module with these names (see `Format`); adding one is a file and a row in `formats`.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Format(Protocol):
     def rotation_specs(self, attention: str, head_dim: int) -> list[Spec]:
         """The tensors that carry the rotation [head_dim, head_dim] of an attention module, by native name."""
 
-    def passed_spec(self, name: str, dtype: str, shape: tuple[int, ...], unit: str) -> Spec:
+    def passed_spec(self, name: str, dtype: str, shape: tuple[int, ...], unit: str, options: SaveOptions) -> Spec:
         """A tensor that stays float, by its name in NAMES; its values are cast where the dtype changes."""
 
     def check(self, schemes: Schemes, options: SaveOptions) -> list[str]:

@@ -31,7 +31,6 @@ MODE = 0o644
 NAMES = "native"
 EXPERTS = {name: name for name in ("", "high_noise_model", "low_noise_model")}
 LAYOUTS = ("plain", "prefixed")
-PREFIXES = {"prefixed": COMFYUI_PREFIX}  # layout -> what stands before every name
 WAYS: Mapping[str, tuple[str, ...]] = dict.fromkeys(TYPES, ())  # its loader reads pre_quant_scale for nvfp4 alone
 # WanGP rounds row scales to bf16; the same as LightX2V's, so that one result serves both.
 RULES: Mapping[str | None, Rule] = {None: Rule(amax_floor=1e-5, scale_dtype="BF16", qmin=-127)}
@@ -62,7 +61,8 @@ def unfit(layer: Linear, scheme: Scheme) -> str | None:
 
 
 def _prefix(options: SaveOptions) -> str:
-    return PREFIXES.get(options.layout, "")
+    """What stands before every name."""
+    return COMFYUI_PREFIX if options.layout == "prefixed" else ""
 
 
 def quantized_specs(layer: Linear, scheme: Scheme, options: SaveOptions) -> list[Spec]:
@@ -104,9 +104,9 @@ def rotation_specs(attention: str, head_dim: int) -> list[Spec]:
     return []
 
 
-def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str) -> Spec:
+def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str, options: SaveOptions) -> Spec:
     """Float tensors keep the source's dtype and bytes."""
-    return Spec(name, dtype, shape, unit)
+    return Spec(_prefix(options) + name, dtype, shape, unit)
 
 
 def check(schemes: Schemes, options: SaveOptions) -> list[str]:
@@ -158,8 +158,8 @@ def usage(folders: Mapping[str, str], model: Model, schemes: Schemes, options: S
         stem = f"{expert.removesuffix('_model')}_{name}" if expert else name
         lines.append(f"cp {json.dumps(f'{folder}/{name}')} ComfyUI/models/diffusion_models/{stem}")
     lines += [
-        "in ComfyUI: the node Load Diffusion Model, weight_dtype default; it reads the types off the file",
-        "text encoder and VAE as for the float model; ComfyUI must be recent enough to have comfy-kitchen",
+        "# in ComfyUI: the node Load Diffusion Model, weight_dtype default; it reads the types off the file",
+        "# text encoder and VAE as for the float model; a ComfyUI that has comfy-kitchen among its requirements",
     ]
     return lines
 

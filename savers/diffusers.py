@@ -90,7 +90,7 @@ def rotation_specs(attention: str, head_dim: int) -> list[Spec]:
     return []
 
 
-def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str) -> Spec:
+def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str, options: SaveOptions) -> Spec:
     """bf16, which the model runs in, but for the parameters that diffusers keeps in fp32."""
     return Spec(name, "F32" if keeps_fp32(name) else "BF16", shape, unit)
 
@@ -185,7 +185,9 @@ def usage(folders: Mapping[str, str], model: Model, schemes: Schemes, options: S
         "# bfloat16 only: with another torch_dtype the quantized layers stay bfloat16, and dtypes are mixed",
     ]
     if any(scheme is not None and scheme.type == "fp8" for scheme in schemes.values()):
-        lines.append("# fp8: an NVIDIA GPU of compute capability 8.9 or higher (Ada, Hopper, Blackwell)")
+        lines.append(
+            "# fp8: on a GPU compute capability 8.9 or higher (Ada, Hopper, Blackwell); a CPU computes it, slowly"
+        )
     return [*lines, *program(diffusers_document(model, "diffusers"), folders)]
 
 

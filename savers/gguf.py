@@ -109,7 +109,7 @@ def _kept_in_fp32(name: str, shape: Sequence[int]) -> bool:
     return name.endswith("modulation") or len(shape) != 2 or math.prod(shape) <= SMALL
 
 
-def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str) -> Spec:
+def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str, options: SaveOptions) -> Spec:
     """F32, or 16 bits for a matrix; five dimensions as they are, which needs no file to be mended by hand."""
     half = "F16" if dtype == "F16" else "BF16"
     return Spec(name, "F32" if _kept_in_fp32(name, shape) else half, shape, unit)
@@ -185,7 +185,8 @@ def usage(folders: Mapping[str, str], model: Model, schemes: Schemes, options: S
             "    quantization_config=GGUFQuantizationConfig(compute_dtype=torch.bfloat16),",
             ")",
         ]
-    return lines
+    given = ", ".join(f"{name}={name}" for name in (second.get(expert, "transformer") for expert in folders))
+    return [*lines, f'# DiffusionPipeline.from_pretrained("ORIGINAL_PIPELINE", {given}, torch_dtype=torch.bfloat16)']
 
 
 # -- Reading back ------------------------------------------------------------------------------------------------------
@@ -228,6 +229,8 @@ def problems(folder: Path, tensors: Mapping[str, Any]) -> list[str]:
         if (wrong := _wrong_type(name, info.dtype, info.shape)) is not None:
             found.append(f"{name}: {info.dtype} {list(info.shape)}, {wrong}")
         module, _, leaf = name.rpartition(".")
+        if leaf == "bias" and f"{module}.weight" not in tensors:
+            found.append(f"{module}.weight: missing beside its bias")
         if leaf == "weight" and to_diffusers(module) and module.rpartition(".")[2] not in _WITHOUT_BIAS:
             own = tensors.get(f"{module}.bias")
             if own is None:

@@ -86,7 +86,7 @@ def rotation_specs(attention: str, head_dim: int) -> list[Spec]:
     return []
 
 
-def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str) -> Spec:
+def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str, options: SaveOptions) -> Spec:
     """Float tensors keep the source's dtype and bytes."""
     return Spec(name, dtype, shape, unit)
 
@@ -174,15 +174,17 @@ def usage(folders: Mapping[str, str], model: Model, schemes: Schemes, options: S
     scheme = _scheme(schemes)
     keys = lightx2v_config.keys(scheme, folders, smoothed=_smoothed(schemes))
     lines = [
+        f"# {lightx2v_config.NAME} has LightX2V's own settings and these keys; write into it where the folder lies:",
         json.dumps(keys, indent=1),
+        "# then, ORIGINAL_MODEL being the native folder with text encoder and VAE:",
         lightx2v_config.command(model, folders),
-        f"{lightx2v_config.NAME} has these keys and LightX2V's own settings; fill in where the folder lies. Without"
-        " FlashAttention 3: torch_sdpa for its three *_type",
+        "# without FlashAttention 3: torch_sdpa for its three *_type",
     ]
     others = {"int8": "sgl, q8f, triton, torchao, npu", "fp8": "sgl, q8f, triton, torchao, intel-xpu"}[scheme]
-    lines.append(f"the same files serve {scheme}- with {others}; a quantized folder is no *_original_ckpt")
+    lines.append(f"# without vllm: the same files serve {scheme}- with {others}")
+    lines.append("# the keys *_original_ckpt are for float weights, never for this folder")
     if scheme == "int8":
-        lines.append("int8-npu: a plain load, without lazy_load, which fails there")
+        lines.append("# int8-npu: a plain load, without lazy_load, which fails there")
     return lines
 
 
@@ -228,6 +230,8 @@ def problems(folder: Path, tensors: Mapping[str, Any]) -> list[str]:
     """LightX2V loads a missing scale or bias as None, and every .safetensors in the folder, both without a word."""
     config = _config(folder)
     found = [f"config.json: no {key}, which LightX2V needs" for key in CONFIG_KEYS if key not in config]
+    found += [f"config.json: {key} {config[key]}, the tensors say {due}" for key, due in _sizes(tensors).items()
+              if config.get(key, due) != due]  # fmt: skip
     kinds = layers_in(folder, tensors)
     common = Counter(kind for kind in kinds.values() if kind != "float").most_common(1)
     wanted = DTYPES[common[0][0]] if common else " or ".join(DTYPES.values())
@@ -245,6 +249,14 @@ def problems(folder: Path, tensors: Mapping[str, Any]) -> list[str]:
     if SINGLE in present and len(present & ours) > 1:
         found.append(f"{SINGLE}: beside files of blocks, and LightX2V would load both; move one of them elsewhere")
     return found
+
+
+def _sizes(tensors: Mapping[str, Any]) -> dict[str, int]:
+    """LightX2V builds as many blocks as the configuration says, and runs without those that it does not."""
+    weight = tensors.get("blocks.0.ffn.0.weight")
+    shape = weight.shape if weight is not None and len(weight.shape) == 2 else ()
+    blocks = {unit_of(name) for name in tensors if name.startswith("blocks.")}
+    return {"num_layers": len(blocks)} | dict(zip(("ffn_dim", "dim"), shape, strict=False))
 
 
 def _layer_problems(layer: str, tensors: Mapping[str, Any], wanted: str) -> list[str]:

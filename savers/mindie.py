@@ -133,7 +133,7 @@ def rotation_specs(attention: str, head_dim: int) -> list[Spec]:
     return [Spec(f"{attention}.{leaf}", "BF16", (head_dim, head_dim), unit_of(attention)) for leaf in ROTATIONS]
 
 
-def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str) -> Spec:
+def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str, options: SaveOptions) -> Spec:
     """FLOAT tensors keep the source's dtype and bytes; mindiesd does not read them."""
     return Spec(name, dtype, shape, unit)
 
@@ -143,6 +143,12 @@ def check(schemes: Schemes, options: SaveOptions) -> list[str]:
 
     Raises UsageError for attention in FP8 without a rotation: mindiesd loads both of its tensors.
     """
+    for name, scheme in schemes.items():
+        if scheme is not None and "convrot" in dict(scheme.pair.weight.ext):
+            raise UsageError(
+                f"mindie: {name} has weight.ext.convrot, but mindiesd does not rotate inputs; take it out of the"
+                " recipe, or choose --format comfyui"
+            )
     marks = options.attention
     for module, mark in marks.items():
         if mark.dtype and KNOWN_MARKS[MARKS[mark.dtype]] and not mark.rotated:
@@ -227,7 +233,11 @@ def root_documents(experts: Sequence[str], model: Model, schemes: Schemes) -> li
 
 def usage(folders: Mapping[str, str], model: Model, schemes: Schemes, options: SaveOptions) -> list[str]:
     """MindIE-SD replaces the layers of a float model that the pipeline has built."""
-    lines = ["# the float model goes by Wan-AI's own module names (blocks.0.self_attn.q), whatever the source's were"]
+    lines = [
+        "# on Ascend, with torch_npu, CANN and mindiesd; after a copy or download: chmod 640, or it refuses the files",
+        "# a float model, built by Wan-AI's own code (modules like blocks.0.self_attn.q):",
+    ]
+    lines += [f"# {expert or 'transformer'} = WanModel.from_pretrained(ORIGINAL_NATIVE_MODEL)" for expert in folders]
     if any(scheme and scheme.type == "w4a4_mxfp4" for scheme in schemes.values()):
         lines.append("# W4A4_MXFP4 needs mindiesd 3.1.0 or newer")
     if any(mark.dtype for mark in options.attention.values()):
@@ -285,6 +295,8 @@ def _not_numbers(codes: Tensor, exponents: Tensor, below: str) -> list[str]:
     found = []
     if bool((exponents == 255).any()):
         found.append(f"{below}weight_scale: an exponent of 255, which is NaN")
+    if not bool(exponents.any()) and bool(codes.view(torch.uint8).any()):
+        found.append(f"{below}weight_scale: all exponents are zero beside codes that are not")
     if codes.dtype == torch.float8_e4m3fn:
         raw = codes.view(torch.uint8)
         if any(bool((raw == code).any()) for code in NAN_CODES):

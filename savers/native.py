@@ -34,6 +34,8 @@ def wrong_floats(tensors: Mapping[str, Any], quantized: Collection[str]) -> list
             found.append(f"{name}: {info.dtype}, must be a float")
         elif leaf == "weight" and module.rpartition(".")[2] not in _BARE:
             found += wrong_bias(tensors, module, info.shape[:1])
+        elif leaf == "bias" and f"{module}.weight" not in tensors:
+            found.append(f"{module}.weight: missing beside its bias")
     return found
 
 

@@ -189,7 +189,7 @@ def rotation_specs(attention: str, head_dim: int) -> list[Spec]:
     return []
 
 
-def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str) -> Spec:
+def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str, options: SaveOptions) -> Spec:
     """bf16, which the model runs in, but for the parameters that diffusers keeps in fp32 where it can."""
     return Spec(name, "BF16" if dtype in FLOATS and not keeps_fp32(name) else dtype, shape, unit)
 

@@ -70,9 +70,13 @@ def _percent(value: float | None) -> str:
 
 
 def make_card(
-    form: str, kinds: Mapping[str, str], recipe: str, facts: Sequence[str], usage: Sequence[str], measured: bool
-) -> Card:
-    """A format's card. `kinds`: layer -> type, as in the plan; `recipe`: its name; `facts`: sentences about the run."""
+    form: str, about: str, kinds: Mapping[str, str], recipe: str, facts: Sequence[str], usage: Sequence[str],
+    measured: bool,
+) -> Card:  # fmt: skip
+    """A format's card. `kinds`: layer -> type, as in the plan.
+
+    `about`: a sentence about the model; `recipe`: how it calls itself; `facts`: sentences about the run.
+    """
     quantized = {name: kind for name, kind in kinds.items() if kind != "float"}
     rows: dict[tuple[str, str], list[str]] = {}
     for name, kind in quantized.items():
@@ -85,8 +89,9 @@ def make_card(
         *front,
         f"# A Wan video transformer, quantized for {form}",
         "",
-        f"{SIGN} {__version__} with the recipe `{recipe}`: {types} linear layers"
-        + (f", {left} left float." if left else "."),
+        about,
+        "",
+        f"{SIGN} {__version__} with {recipe}: {types} linear layers" + (f", {left} left float." if left else "."),
         *facts,
         "",
         "## Load it",
@@ -103,7 +108,12 @@ def make_card(
         + (" Of its output: on calibration inputs, as the runtime computes it." if measured else ""),
         "",
     ]
-    after = ["", "Every layer's own figures, and the sha256 of every file and tensor, are in `streamq.json`.", ""]
+    after = [
+        "",
+        "Every layer's own figures, and the sha256 of every file and tensor, are in the run's `streamq.json`, which"
+        " lies here or, where several formats were written at once, one folder up.",
+        "",
+    ]
     made = tuple(Row(kind, of, tuple(names)) for (kind, of), names in rows.items())
     return Card(form, "\n".join(before), made, "\n".join(after), measured)
 

@@ -82,7 +82,8 @@ def _add_quant_options(parser: argparse.ArgumentParser) -> None:
         "--format",
         action="append",
         default=[],
-        help="mindie, lightx2v, nunchaku; several, comma-separated, from one read",
+        help="mindie, lightx2v, nunchaku, diffusers, comfyui, gguf (default: the type's first); several,"
+        " comma-separated, from one read",
     )
     add(
         "--layout",
@@ -99,7 +100,7 @@ def _add_quant_options(parser: argparse.ArgumentParser) -> None:
     add("--max_device_memory", metavar="SIZE", help="budget, e.g. 4GiB")
     add("--calib", type=Path, help="calibration inputs made by streamq calib; without it a recipe makes its own")
     _add_lora_option(parser, "merged into the weights before they are quantized; EXPERT: high_noise_model or low_…")
-    add("--match", help="msmodelslim or lightx2v: that tool's arithmetic, byte for byte")
+    add("--match", help="msmodelslim or lightx2v: that tool's arithmetic, byte for byte (default: fp32)")
     add(
         "--read_ahead",
         type=int,
@@ -108,7 +109,7 @@ def _add_quant_options(parser: argparse.ArgumentParser) -> None:
         help="layers read ahead and written behind; 0: one thread (default 1)",
     )
     add("--trust_remote_code", choices=["True", "False"], default="False", help="accepted; no code is ever run")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the calibration inputs that the run makes")
     add("--quiet", action="store_true", help="no progress")
     add("--json", action="store_true", help="one JSON object on stdout")
     add("--debug", action="store_true", help="show tracebacks")

@@ -20,10 +20,12 @@ from streamq.merge import merged
 from streamq.methods.report import compare as compared
 from streamq.quantized import QuantizedLinear, decode_vector
 from streamq.savers.shard import HASH_CHUNK
+from streamq.wan.model import FLOAT_DTYPES
 
 ROWS_AT_A_TIME = 256
 # Without a manifest there is no recorded error to compare with; int8 of a Wan layer stays near 0.01, 4 bits near 0.12.
 ERROR_LIMITS = {"w8a8": 0.1, "w4a4": 0.3, "w4a4_nvfp4": 0.3, "w4a16": 0.3, "w4a4_mxfp4": 0.3}
+DEAD_ROW, SMALL_ROW = 0.95, 0.1  # relative error of a row; its norm beside the mean row's
 EMULATED_ROWS, EMULATED_LIMIT = 32, 0.5
 
 
@@ -103,13 +105,24 @@ def read(source: Source, info: TensorInfo) -> Tensor:
     return merged(source, info, raw.view(TORCH_DTYPES[info.dtype]).reshape(info.shape))
 
 
+def extremes(source: Source, info: TensorInfo) -> tuple[float, float]:
+    """Least and largest number of a float tensor, in chunks; NaN if one is among them. (0, 0) for no numbers."""
+    lows, highs = [torch.zeros(())], [torch.zeros(())]
+    for part in _chunks(source, info):
+        values = torch.frombuffer(bytearray(part), dtype=TORCH_DTYPES[info.dtype])
+        lows.append(values.amin().float())
+        highs.append(values.amax().float())
+    first = 0 if len(lows) == 1 else 1
+    return float(torch.stack(lows[first:]).amin()), float(torch.stack(highs[first:]).amax())
+
+
 def _layer(pair: _Pair, linear: wan.Linear, limit: float, known: bool) -> dict[str, Any] | None:
     """One layer's errors; what is wrong with it goes to `pair.problems`."""
     form = pair.output.format
     made, weight = pair.made(linear), read(pair.floats, linear.weight)
     try:
         error, cosine = _difference(weight, made, pair, linear.name)
-    except (KeyError, RuntimeError, ValueError):  # a tensor is missing, or has another shape
+    except (IndexError, KeyError, RuntimeError, ValueError):  # a tensor is missing, or has another shape or dtype
         pair.problems.append(f"{linear.native}: cannot be dequantized against this source")
         return None
     packed = form.unpack(made)
@@ -149,6 +162,7 @@ def _emulated(weight: Tensor, layer: QuantizedLinear) -> dict[str, float]:
 def _difference(weight: Tensor, made: dict[str, Tensor], pair: _Pair, name: str) -> tuple[float, float]:
     """Relative error and cosine, a few rows at a time."""
     lost = norm = other = dot = 0.0
+    lost_rows, rows_norm = [], []
     columns, scaled = pair.folded.columns.get(name), pair.folded.rows.get(name)
     decode = pair.output.format.decode(made)
     for start in range(0, weight.shape[0], ROWS_AT_A_TIME):
@@ -159,13 +173,24 @@ def _difference(weight: Tensor, made: dict[str, Tensor], pair: _Pair, name: str)
             v /= columns.double()
         if scaled is not None:
             v *= scaled[rows].double().unsqueeze(1)
-        lost += float((w - v).square().sum())
-        norm += float(w.square().sum())
+        lost_rows.append((w - v).square().sum(dim=1))
+        rows_norm.append(w.square().sum(dim=1))
+        lost += float(lost_rows[-1].sum())
+        norm += float(rows_norm[-1].sum())
         other += float(v.square().sum())
         dot += float((w * v).sum())
+    dead = _dead_row(torch.cat(lost_rows), torch.cat(rows_norm))
+    if dead is not None:
+        pair.problems.append(f"{wan.to_native(name)}: nothing of the source is left in row {dead}")
     if not norm or not other:
         return (0.0, 1.0) if norm == other else (1.0, 0.0)
     return (lost / norm) ** 0.5, dot / (norm * other) ** 0.5
+
+
+def _dead_row(lost: Tensor, norm: Tensor) -> int | None:
+    """The first row that is off by as much as it is large; small ones beside the others' mean may be."""
+    dead = (lost > DEAD_ROW**2 * norm) & (norm > SMALL_ROW**2 * norm.mean())
+    return int(dead.nonzero()[0]) if bool(dead.any()) else None
 
 
 # -- What the manifest says --------------------------------------------------------------------------------------------
@@ -237,7 +262,8 @@ def _wrong_floats(pair: _Pair, quantized: set[str]) -> list[str]:
         if native.rpartition(".")[0] in quantized:
             continue
         mine, vector = pair.stored.get(native), pair.folded.norms.get(name)
-        if mine is None or mine.shape != info.shape or not _same(pair, info, mine, vector):
+        floats = mine is not None and mine.dtype in FLOAT_DTYPES  # codes of a layer that nothing says to be quantized
+        if mine is None or not floats or mine.shape != info.shape or not _same(pair, info, mine, vector):
             found.append(f"{native}: differs from {pair.model.checkpoint.where(info)}")
     return found
 

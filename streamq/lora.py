@@ -198,7 +198,9 @@ def _adapter_alpha(path: Path, where: str) -> float | None:
                 " library that wrote it, and give the merged model"
             )
     alpha = config.get("lora_alpha")
-    return float(alpha) if isinstance(alpha, int | float) and math.isfinite(alpha) else None
+    if alpha is not None and (not isinstance(alpha, int | float) or not math.isfinite(alpha)):
+        raise UsageError(f"--lora {path}: lora_alpha {alpha!r:.40} in its configuration is no number; correct it")
+    return None if alpha is None else float(alpha)
 
 
 # -- Names -------------------------------------------------------------------------------------------------------------

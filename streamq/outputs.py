@@ -138,9 +138,10 @@ def _inspect_output(path: Path, found: list[Output]) -> dict[str, Any]:
     dtypes: Counter[str] = Counter()
     size = 0
     files: list[str] = []
-    experts = []
+    experts, prefixed = [], False
     for output in found:
         checkpoint = output.checkpoint()
+        prefixed = prefixed or any(name.startswith(wan.COMFYUI_PREFIX) for name in checkpoint.tensors)
         prefix = f"{output.label}/" if output.label else ""
         shown = f"{output.shown}/" if output.shown else ""
         kinds = output.format.layers_in(output.folder, checkpoint.tensors)
@@ -156,7 +157,7 @@ def _inspect_output(path: Path, found: list[Output]) -> dict[str, Any]:
     of_one_format = [e for e, output in zip(experts, found, strict=True) if output.format_name == found[0].format_name]
     return _model(experts[0].model, wan.version_of(of_one_format)) | {
         "layout": found[0].format.NAMES,
-        "prefix": experts[0].model.prefix,
+        "prefix": wan.COMFYUI_PREFIX if prefixed else "",
         "format": names[0] if len(names) == 1 else names,
         "layers": layers,
         "dtypes": dict(dtypes),

@@ -148,6 +148,8 @@ def _int8_fault(pair: Pair) -> tuple[str, str] | None:
     convrot = dict(weight.ext).get("convrot")
     if convrot is not None and (convrot not in (16, 64, 256) or pair.type != "w8a8" or weight.scope != "per_channel"):
         return "weight.ext.convrot", f"{convrot}; 16, 64 or 256, with int8 per_token and int8 per_channel"
+    if convrot is not None and weight.method != "minmax":
+        return "weight.method", f"{weight.method!r}; convrot goes with minmax"
     if "weighted" in dict(weight.ext):
         return "weight.ext.weighted", "only for int4; int8 rows are clipped by their own error"
     if act.method in ("percentile", "mse") and act.scope != "per_tensor":

@@ -78,15 +78,21 @@ def _run_expert(
         files.enter_context(closing(hasher))
         replay = files.enter_context(open_replay(plan, part, todo, device, journal, watcher))
         arena, chunk = Arena(device, plan.arena_nbytes), torch.empty(COPY_CHUNK, dtype=torch.uint8)
-        teams = [files.enter_context(closing(Team(several, name))) for name in ("method", "file")]
-        work = Work(plan, part, device, source, writers, journal, watcher, hasher, *teams, replay, arena, chunk)
-        _run_units(work, todo)
+        methods = files.enter_context(closing(Team(several, "method")))
+        written = files.enter_context(closing(Team(several, "file")))
+        _run_units(
+            Work(plan, part, device, source, writers, journal, watcher, hasher, methods, written, replay, arena, chunk),
+            todo,
+        )
 
 
 def _run_units(work: Work, units: list[Unit]) -> None:
     depth = work.plan.options.read_ahead
-    lanes = (closing(Lane(depth, name)) for name in ("committer", "reader", "writer"))
-    with next(lanes) as committer, next(lanes) as reader, next(lanes) as writer:
+    # Closed from the last to the first: the writer's jobs hand commits to the committer.
+    with ExitStack() as lanes:
+        committer, reader, writer = (
+            lanes.enter_context(closing(Lane(depth, name))) for name in ("committer", "reader", "writer")
+        )
         loaded = _read_ahead([step for unit in units for step in unit.steps], work, reader, writer)
         for unit in units:
             commit, block, steps = Commit(unit.key), Block(), islice(loaded, len(unit.steps))
@@ -103,6 +109,7 @@ def _run_units(work: Work, units: list[Unit]) -> None:
                     writer.submit(_copy, step, work, commit)
                 else:
                     writer.submit(_write, tensors, work.device.mark(), work, commit, in_arena)
+                del tensors  # before the next are made
             writer.submit(committer.submit, _commit, unit, work, commit)
         writer.drain()
         committer.drain()

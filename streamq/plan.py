@@ -94,10 +94,17 @@ class Step:
 
     @property
     def working_nbytes(self) -> int:
-        """Bytes that it takes in memory while it is worked on: its source, the codes of each distinct scheme, what a
-        format packs them into, and what it casts."""
-        codes = len(self.schemes) * math.prod(self.sources[0].shape)
-        packed = sum(p.nbytes for o in self.outputs if o.scheme is not None and o.scheme.packed for p in o.places)
+        """Bytes that it takes in the arena while it is worked on: its source, and the codes of each distinct scheme."""
+        codes = aligned(len(self.schemes) * math.prod(self.sources[0].shape))
+        return sum(aligned(info.nbytes) for info in self.sources) + max(codes, self.merge_nbytes)
+
+    @property
+    def beside_nbytes(self) -> int:
+        """Bytes outside the arena until it is written: the scales of blocks of columns, what a format packs codes into,
+        and what it casts."""
+        weights = math.prod(self.sources[0].shape)
+        scales = sum(int(weights * scheme.scale_bytes) for scheme in self.schemes)
+        made = sum(place.nbytes for o in self.outputs if o.scheme and o.scheme.packed for place in o.places)
         cast = sum(
             place.nbytes
             for output in self.outputs
@@ -105,8 +112,7 @@ class Step:
             for place, info in zip(output.places, self.sources, strict=False)
             if place.dtype != info.dtype
         )
-        room = max(aligned(codes) + aligned(packed) + aligned(cast), self.merge_nbytes)
-        return sum(aligned(info.nbytes) for info in self.sources) + room
+        return scales + made + cast
 
     @property
     def merge_nbytes(self) -> int:
@@ -159,7 +165,8 @@ class Plan:
     whose figures the run fills in, by path; `usage` is how each format is loaded, with `card.FOLDER` for its folder.
 
     `arena_nbytes` is the memory that all layers at work share, on the device: it bounds how much is read ahead.
-    `replay_nbytes` is what a calibrated run takes on the device besides, `cache_nbytes` what it keeps in host memory;
+    `beside_nbytes` is what is made of them outside it. `replay_nbytes` is what a calibrated run takes on the device
+    besides, `cache_nbytes` what it keeps in host memory;
     `making_peaks` are the peaks on host and device while it makes its own inputs, before any of that.
     """
 
@@ -177,6 +184,7 @@ class Plan:
     usage: Mapping[str, Sequence[str]] = field(default_factory=dict)
     calibration: CalibPlan | None = None
     replay_nbytes: int = 0
+    beside_nbytes: int = 0
     cache_nbytes: int = 0
     making_peaks: tuple[int, int] = (0, 0)
 
@@ -207,15 +215,19 @@ class Plan:
     @property
     def peak_host_bytes(self) -> int:
         """Predicted peak of resident memory."""
-        at_work = self.arena_nbytes + self.replay_nbytes if self.device_kind == "cpu" else 0
+        at_work = self._at_work if self.device_kind == "cpu" else 0
         return max(host_fixed(self.device_kind, self.calibration) + at_work + self.cache_nbytes, self.making_peaks[0])
+
+    @property
+    def _at_work(self) -> int:
+        return self.arena_nbytes + self.beside_nbytes + self.replay_nbytes
 
     @property
     def peak_device_bytes(self) -> int:
         """Predicted peak of device memory; 0 on the CPU."""
         if self.device_kind == "cpu":
             return 0
-        return max(self.arena_nbytes + self.replay_nbytes + DEVICE_SCRATCH, self.making_peaks[1])
+        return max(self._at_work + DEVICE_SCRATCH, self.making_peaks[1])
 
     @cached_property
     def hash(self) -> str:

@@ -6,18 +6,17 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from streamq import card, hub, lora, recipe, resolve, smoothing, wan
+from streamq import card, hub, lora, memory, recipe, resolve, smoothing, wan
 from streamq.calibration import make
 from streamq.calibration import plan as calibrations
 from streamq.calibration.plan import CalibPlan
 from streamq.calibration.store import open_set
 from streamq.card import Card
-from streamq.checkpoint import DTYPE_SIZE, TensorInfo
+from streamq.checkpoint import TensorInfo
 from streamq.device import kind_of
 from streamq.errors import UsageError, nearest
 from streamq.options import QuantOptions
 from streamq.plan import (
-    DEVICE_SCRATCH,
     ExpertPlan,
     Output,
     Plan,
@@ -25,7 +24,6 @@ from streamq.plan import (
     Target,
     Unit,
     existing_parent,
-    host_fixed,
 )
 from streamq.quantized import LABELS, Scheme
 from streamq.savers import Attention, Format, SaveOptions, Schemes, Spec, formats, gguf_file, shard
@@ -43,10 +41,9 @@ def make_plan(options: QuantOptions, *, download: bool) -> Plan:
     source_path = hub.resolve(options.model_path, download=download)
     try:
         check_paths(source_path, options.save_path)
-    except OSError as error:  # a name that is too long, links in a circle
-        raise UsageError(
-            f"--save_path {str(options.save_path)[:200]}: {error.strerror}; give another folder"
-        ) from error
+    except (OSError, RuntimeError) as error:  # a name that is too long; links in a circle, RuntimeError before 3.13
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(f"--save_path {str(options.save_path)[:200]}: {why}; give another folder") from error
     kind = kind_of(options.device)
     experts = wan.open_model(source_path)
     wan.check_model_type(options.model_type, experts)
@@ -69,41 +66,21 @@ def make_plan(options: QuantOptions, *, download: bool) -> Plan:
         builder.warnings.append(f"--calib {options.calib}: not used, this recipe needs no data")
     parts = tuple(builder.expert(expert, placed[expert.name], calibration is not None) for expert in experts)
     cards, usage = builder.cards(experts, calibration)
-    replay = _replay_nbytes(parts, calibration, schemes, kind)
-    arena, room = _arena_nbytes(parts, options, kind, calibration, replay)
+    replay = memory.replay_nbytes(parts, calibration, schemes, kind)
+    beside = memory.beside_nbytes(parts, options.read_ahead, kind)
+    arena, room = memory.arena_nbytes(parts, options, kind, calibration, replay + beside)
     cache, making = 0, (0, 0)
     if calibration is not None:
         merging = max(step.merge_nbytes for part in parts for unit in part.units for step in unit.steps)
-        making = _making_peaks(calibration, experts, source_path, options, kind, merging)
+        making = memory.making_peaks(calibration, experts, source_path, options, kind, merging)
         cache = max(calibration.cache_nbytes(expert.name) for expert in experts)
         calibration = replace(calibration, in_memory=calibrations.fits_in_memory(cache, room))
         cache = cache if calibration.in_memory else calibration.stream_nbytes
     return Plan(
         options, source_path, kind, tuple(targets), parts, tuple(builder.files), tuple(builder.documents),
-        builder.layers, arena, tuple(dict.fromkeys(builder.warnings)), cards, usage, calibration, replay, cache, making,
+        builder.layers, arena, tuple(dict.fromkeys(builder.warnings)), cards, usage, calibration, replay,
+        beside, cache, making,
     )  # fmt: skip
-
-
-def _making_peaks(
-    calibration: CalibPlan, experts: list[wan.Expert], source: Path, options: QuantOptions, kind: str, merging: int
-) -> tuple[int, int]:
-    """Most bytes on host and device while a run makes its own inputs. Raises UsageError if a budget is too small."""
-    if calibration.given is not None:
-        return 0, 0
-    from streamq.calibration import encoders, prepare
-
-    seen = prepare.outlook(calibration.settings, experts, encoders.find_parts(source), kind)
-    host, device = seen.peak_host_bytes + merging, seen.peak_device_bytes + merging * (kind != "cpu")
-    for option, budget, need in (
-        ("--max_host_memory", options.max_host_memory, host),
-        ("--max_device_memory", options.max_device_memory, device),
-    ):
-        if budget is not None and need > budget:
-            raise UsageError(
-                f"{option}: a budget of {budget} bytes, but making the calibration inputs takes {need}; raise the"
-                " budget, or make them elsewhere with streamq calib and give --calib"
-            )
-    return host, device
 
 
 def _calibration_warnings(calibration: CalibPlan, schemes: list[dict[str, Scheme]]) -> list[str]:
@@ -132,63 +109,6 @@ def _few_rows(calibration: CalibPlan, schemes: list[dict[str, Scheme]], experts:
                 " frame_num, gram_rows)"
             ]
     return []
-
-
-def _replay_nbytes(
-    parts: tuple[ExpertPlan, ...], calibration: CalibPlan | None, schemes: list[dict[str, Scheme]], kind: str
-) -> int:
-    """What a replay takes on the device besides the block as it lies in the checkpoint."""
-    if calibration is None:
-        return 0
-    most = 0
-    for part in parts:
-        model, shapes = part.expert.model, calibration.shapes[part.expert.name]
-        size = 2 if shapes.dtype == "BF16" else 4
-        cast = [
-            sum(size * i.nbytes // DTYPE_SIZE[i.dtype] for s in u.steps for i in s.sources if i.dtype != shapes.dtype)
-            for u in part.units
-            if u.replayed
-        ]
-        forward = calibrations.activation_nbytes(model, shapes, kind) + max(cast)
-        statistics = calibrations.statistics_nbytes(model, calibration, schemes)
-        most = max(most, statistics + max(forward, calibrations.method_nbytes(model, calibration, schemes, kind)))
-    return most
-
-
-def _arena_nbytes(
-    parts: tuple[ExpertPlan, ...], options: QuantOptions, kind: str, calibration: CalibPlan | None, replay: int
-) -> tuple[int, int | None]:
-    """Room for the layer (or block) at work, `read_ahead` layers before and as many behind it, as far as the budgets
-    allow; and what is left of the host's budget for a cache, None where there is no budget."""
-    units = [[step.working_nbytes for step in unit.steps if step.held] for part in parts for unit in part.units]
-    sizes = [size for unit in units for size in unit]
-    window = 2 * options.read_ahead + 1
-    wanted, least = max(sum(sizes[i : i + window]) for i in range(len(sizes))), max(sizes)
-    if calibration is not None:  # a block is held whole, and may have to begin behind what was read ahead of it
-        block = max(sum(unit) for unit in units)
-        wanted, least = block + (window - 1) * max(sizes), block + max(sizes)
-    fixed_host = host_fixed(kind, calibration)
-    room = None
-    budgets = [("--max_host_memory", options.max_host_memory, fixed_host + replay * (kind == "cpu"), kind == "cpu")]
-    if kind != "cpu":
-        budgets.append(("--max_device_memory", options.max_device_memory, DEVICE_SCRATCH + replay, True))
-    for option, budget, fixed, holds_arena in budgets:
-        need = fixed + least * holds_arena
-        if budget is None:
-            continue
-        if need > budget:
-            what = (
-                "the largest layer" if calibration is None else "a block; fewer tokens a sample (size, frame_num) help"
-            )
-            raise UsageError(
-                f"{option}: a budget of {budget} bytes, but the least that this run can do with is {need}"
-                f" ({fixed} before the first weight, {need - fixed} for {what}); raise the budget"
-            )
-        if holds_arena:
-            wanted = min(wanted, budget - fixed)
-        if option == "--max_host_memory":
-            room = max(0, budget - fixed - wanted * holds_arena)
-    return wanted, room
 
 
 def check_paths(source: Path, save_path: Path) -> None:
@@ -367,10 +287,9 @@ class _Builder:
             elif sources:
                 names = _tensor_names(name, model, sources)
                 if form.NAMES == "native":
-                    prefix = getattr(form, "PREFIXES", {}).get(save.layout, "")
-                    names = tuple(prefix + model.native_name(source) for source in sources)
+                    names = tuple(model.native_name(source) for source in sources)
                 pairs = zip(names, sources, strict=True)
-                written[name] = [form.passed_spec(own, s.dtype, s.shape, unit) for own, s in pairs]
+                written[name] = [form.passed_spec(own, s.dtype, s.shape, unit, save) for own, s in pairs]
             elif name in placed.beside:
                 written[name] = form.vector_specs(name, model.dim)
             else:
@@ -391,7 +310,7 @@ class _Builder:
     def scheme(self, target: Target, pair: recipe.Pair) -> Scheme:
         assert pair.type is not None
         if pair.type not in target.format.TYPES:
-            kind = LABELS.get(pair.type, pair.type)
+            kind = f"{LABELS[pair.type]} in blocks (per_block)" if pair.type in LABELS else pair.type
             others = [name for name, form in formats().items() if pair.type in form.TYPES]
             instead = f"it is written for {', '.join(others)}" if others else "no format of this version has it"
             raise UsageError(
@@ -419,7 +338,7 @@ class _Builder:
             usage[target.name] = form.usage(folders, model, schemes, save)
             measured = any(scheme is not None and scheme.needs_data for scheme in schemes.values())
             made = card.make_card(
-                target.name, self.layers[target.name], _config_id(target.recipe),
+                target.name, _about(experts), self.layers[target.name], _called(target.recipe),
                 _facts(self.options, experts, calibration if measured else None), usage[target.name], measured,
             )  # fmt: skip
             path = f"{target.folder}/{card.NAME}".lstrip("/")
@@ -466,10 +385,16 @@ def _head_dim(model: wan.Model) -> int:
     return model.dim // int(model.native_config["num_heads"])
 
 
-def _config_id(found: recipe.Recipe) -> str:
+def _about(experts: list[wan.Expert]) -> str:
+    model = experts[0].model
+    count = "two transformers, each of" if len(experts) == 2 else "a transformer of"
+    return f"Wan {model.family}: {count} {model.n_blocks + model.n_vace_blocks} blocks, width {model.dim}."
+
+
+def _called(found: recipe.Recipe) -> str:
     """The recipe by the name it gives itself; a file's name is the user's own business."""
     about = found.document.get("metadata") or {}
-    return str(about.get("config_id", "without a config_id"))
+    return f"the recipe `{about['config_id']}`" if about.get("config_id") else "a recipe of its user's"
 
 
 def _facts(options: QuantOptions, experts: list[wan.Expert], calibration: CalibPlan | None) -> list[str]:
@@ -479,8 +404,10 @@ def _facts(options: QuantOptions, experts: list[wan.Expert], calibration: CalibP
     if options.match:
         found.append(f"Weights and scales have the bytes of {options.match}'s arithmetic.")
     if calibration is not None:
-        samples = next(iter(calibration.samples.values()))
-        found.append(f"Calibrated on {samples} samples a transformer.")
+        samples, tokens = next(iter(calibration.samples.values())), next(iter(calibration.shapes.values())).tokens
+        found.append(
+            f"Calibrated on {samples} samples of {tokens} tokens; `streamq.json` says what of them was made up."
+        )
     return found
 
 

@@ -20,6 +20,9 @@ ALL = slice(None)
 OUTPUT_LIMIT = 0.5  # of a 4-bit layer on calibration data: beyond, nothing of its output is left
 FOUR_BIT = ("w4a4", "w4a4_nvfp4", "w4a16")  # Nunchaku's, whose smoothing and scales are part of the type
 PACKED = (*FOUR_BIT, "w4a4_mxfp4", "q8_0", "q4_0")  # stored in other bytes than the codes
+# Bytes a weight of what is held beside codes: fp32 scales of blocks of columns, zeros, mxfp8's exponents.
+SCALE_BYTES = {"q8_0": 4 / 32, "q4_0": 8 / 32, "w8a8_mxfp8": 5 / 32, "w4a4_mxfp4": 4 / 32,
+               "w4a4": 4 / 64, "w4a16": 8 / 64, "w4a4_nvfp4": 4 / 16}  # fmt: skip
 LABELS = {"q8_0": "w8a16", "q4_0": "w4a16"}  # GGUF's blocks of 32 are its form of these types
 
 
@@ -100,6 +103,11 @@ class Scheme:
         weighted = weight.dtype == "int4" and weight.method == "mse" and dict(weight.ext).get("weighted", True)
         static = act.scope == "per_tensor" and act.dtype != "float"
         return bool(self.smooth or self.rows or static or weighted or weight.method in ("gptq", "svdquant"))
+
+    @property
+    def scale_bytes(self) -> float:
+        """Bytes of scales and zeros for each weight; 0.0 where there is one scale a row."""
+        return SCALE_BYTES.get(self.type, 0.0)
 
     @property
     def packed(self) -> bool:

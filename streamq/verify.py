@@ -7,16 +7,15 @@ wrong becomes a line of text; nothing is changed.
 from __future__ import annotations
 
 import hashlib
+import math
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from streamq import hub, outputs, wan
 from streamq.checkpoint import Checkpoint, Source
-from streamq.compare import compare, layer_tensors, read
+from streamq.compare import compare, extremes, layer_tensors
 from streamq.errors import StreamqError, UsageError
 from streamq.journal import JOURNAL, lora_entries
 from streamq.lora import attach, loras_of, open_loras
@@ -72,7 +71,8 @@ def verify(save_path: Path, source: str | None, lora: tuple[LoraOption, ...] = (
         checkpoint = _checked(report, output.checkpoint)
         if checkpoint is None:
             continue
-        _check_format(output, checkpoint, report)
+        if not _check_format(output, checkpoint, report):
+            continue
         if experts and not (report.problems and _incomplete(output, checkpoint)):
             expert = _matching(experts, output, len({o.label for o in found if o.format_name == output.format_name}))
             layers, problems = compare(output, checkpoint, expert, document or {})
@@ -148,21 +148,28 @@ def _changed_tensors(path: Path, expected: dict[str, str]) -> list[str]:
     return found
 
 
-def _check_format(output: outputs.Output, checkpoint: Checkpoint, report: Report) -> None:
+def _check_format(output: outputs.Output, checkpoint: Checkpoint, report: Report) -> bool:
+    """False if a document of it cannot be read, so that nothing else can be told."""
     prefix = f"{output.label}: " if output.label else ""
-    found = _checked(report, lambda: output.format.problems(output.folder, checkpoint.tensors)) or []
+    found = _checked(report, lambda: output.format.problems(output.folder, checkpoint.tensors))
+    if found is None:
+        return False
     report.problems += [prefix + problem for problem in found]
     problem = _incomplete(output, checkpoint)
     if problem:
         report.problems.append(prefix + problem)
     with closing(Source(checkpoint)) as source:
         for info in checkpoint.tensors.values():
-            if not info.name.endswith("_scale") or info.dtype not in ("F32", "BF16", "F16"):
+            if info.dtype not in ("F32", "BF16", "F16"):
                 continue
-            scale = read(source, info).float()
-            if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
+            lowest, highest = extremes(source, info)
+            finite = math.isfinite(lowest) and math.isfinite(highest)
+            if info.name.endswith("_scale") and not (finite and lowest > 0):
                 report.problems.append(f"{prefix}{info.name}: a scale that is not finite and positive")
+            elif not finite:
+                report.problems.append(f"{prefix}{info.name}: a number that is not finite")
         report.problems += [prefix + one for one in _wrong_values(output, checkpoint, source)]
+    return True
 
 
 def _wrong_values(output: outputs.Output, checkpoint: Checkpoint, source: Source) -> list[str]:
@@ -173,7 +180,7 @@ def _wrong_values(output: outputs.Output, checkpoint: Checkpoint, source: Source
             continue
         try:
             wrong = output.format.contradictions(layer_tensors(output, checkpoint, source, native))
-        except (KeyError, RuntimeError, ValueError):  # a tensor is missing or has another shape: said already
+        except (IndexError, KeyError, RuntimeError, ValueError):  # missing, or of another shape or dtype: said already
             continue
         found += [f"{native}.{one}" for one in wrong]
     return found

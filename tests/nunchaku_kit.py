@@ -118,7 +118,7 @@ def specs_of(of: wan.Model, schemes: Mapping[str, Scheme | None], options: SaveO
         module, _, leaf = name.rpartition(".")
         how = schemes.get(linears[module].native) if module in linears else None
         if how is None:
-            found.append(nunchaku.passed_spec(name, info.dtype, info.shape, wan.unit_of(name)))
+            found.append(nunchaku.passed_spec(name, info.dtype, info.shape, wan.unit_of(name), options))
         elif leaf == "weight":
             found += nunchaku.quantized_specs(linears[module], how, options)
     return found

@@ -77,7 +77,7 @@ def test_front_matter_is_yaml(tmp_path: Path, tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("value", [0.0, 1e-12, 0.0123456, 9.99999, 10.0, 1e9])
 def test_numbers_are_as_wide_as_their_place(value: float) -> None:
-    made = card.make_card("mindie", {"blocks.0.ffn.0": "w8a8"}, "r", [], ["load"], True)
+    made = card.make_card("mindie", "Wan.", {"blocks.0.ffn.0": "w8a8"}, "r", [], ["load"], True)
     figures = {"mindie": {"blocks.0.ffn.0": {"rel_error": value, "output_rel_error": value}}}
     assert len(made.render(figures)) == len(made.render({}))
 

@@ -207,6 +207,8 @@ def test_the_prefix(tmp_path: Path, kind: str) -> None:
             assert report.problems == [] and len(report.layers) == 10
             assert all(about["rel_error"] < 0.03 for about in report.layers.values())
     assert made["without"] == made["said"]
+    seen = {name: json.loads(run("inspect", tmp_path / name, "--json").stdout)["prefix"] for name in made}
+    assert seen == {"without": "", "said": "", "with": PREFIX}
     assert {PREFIX + name: entry for name, entry in made["without"][1].items()} == made["with"][1]
     layers = [json.loads(made[name][0]["_quantization_metadata"])["layers"] for name in ("without", "with")]
     assert {PREFIX + name: conf for name, conf in layers[0].items()} == layers[1]

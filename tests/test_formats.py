@@ -162,6 +162,8 @@ def test_lightx2v_folder(tmp_path: Path, tiny: Tiny, layout: str) -> None:
         "diffusion_pytorch_model.safetensors",
         "config.json",
         "streamq.json",
+        "README.md",
+        "lightx2v_config.json",
     }
 
 

@@ -203,11 +203,11 @@ def test_the_end_of_a_run_says_the_same(tmp_path: Path) -> None:
     done = run("quant", "--model_path", source, "--save_path", tmp_path / "out", "--quant_type", "w8a8",
                "--format", "lightx2v", "--device", "cpu", "--quiet", "--json")  # fmt: skip
     lines = json.loads(done.stdout)["usage"]["lightx2v"]
-    keys = json.loads(lines[0])
+    keys = json.loads(lines[1])
     assert keys["high_noise_quantized_ckpt"] == str(tmp_path / "out" / "high_noise_model")
     assert "dit_quantized_ckpt" not in keys
-    assert "--model_cls wan2.2_moe --task t2v" in lines[1] and str(tmp_path / "out" / SAMPLE) in lines[1]
-    assert any("npu" in line and "lazy_load" in line for line in lines[2:])
+    assert "--model_cls wan2.2_moe --task t2v" in lines[3] and str(tmp_path / "out" / SAMPLE) in lines[3]
+    assert any("npu" in line and "lazy_load" in line for line in lines[4:])
 
 
 # -- What is refused ---------------------------------------------------------------------------------------------------

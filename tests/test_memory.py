@@ -15,7 +15,7 @@ MiB = 1 << 20
 WIDE = replace(synthetic.FAMILIES["t2v-1.3B"], dim=1024, ffn=4096, text_dim=256)
 
 
-def peak(tmp_path: Path, blocks: int, *more: object) -> tuple[int, int]:
+def peak(tmp_path: Path, blocks: int, *more: object, kind: str = "w8a8") -> tuple[int, int]:
     """(measured, predicted) peak of resident memory of a whole process, in bytes."""
     source = tmp_path / f"model{blocks}"
     if not source.exists():
@@ -26,7 +26,7 @@ def peak(tmp_path: Path, blocks: int, *more: object) -> tuple[int, int]:
         "--save_path",
         tmp_path / "out",
         "--quant_type",
-        "w8a8",
+        kind,
         "--device",
         "cpu",
         *more,
@@ -51,3 +51,12 @@ def test_plan_predicts_and_budget_binds(tmp_path: Path) -> None:
     tight, allowed = peak(tmp_path, 4, "--read_ahead", 8, "--max_host_memory", "300MiB")
     assert allowed <= 300 * MiB < predicted
     assert tight <= allowed
+
+
+@pytest.mark.parametrize(
+    "kind, formats", [("w4a16", "gguf"), ("w4a4_mxfp4", "mindie"), ("w8a8", "mindie,lightx2v,diffusers,comfyui")]
+)
+def test_what_lies_outside_the_arena_is_in_the_plan(kind: str, formats: str, tmp_path: Path) -> None:
+    """Scales of blocks, packed codes, and the tiles of methods side by side."""
+    made, predicted = peak(tmp_path, 4, "--format", formats, kind=kind)
+    assert 0.75 * predicted < made <= predicted

@@ -327,7 +327,7 @@ def test_the_single_file_is_warned_of() -> None:
     ],
 )
 def test_floats(name: str, dtype: str, due: str) -> None:
-    assert nunchaku.passed_spec(name, dtype, (3, 4), "rest") == Spec(name, due, (3, 4), "rest")
+    assert nunchaku.passed_spec(name, dtype, (3, 4), "rest", SaveOptions()) == Spec(name, due, (3, 4), "rest")
 
 
 def test_needs_no_torch() -> None:

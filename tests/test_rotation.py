@@ -15,6 +15,7 @@ from streamq.methods import int8
 from streamq.methods.activation import fake_quantize
 from streamq.methods.report import compare, output_error
 from streamq.methods.rotation import online_hadamard, rotate, unrotate
+from streamq.pairs import Pair, QConfig, fault
 from streamq.quantized import Rule
 from streamq.simulate import put_in
 
@@ -147,3 +148,10 @@ def test_a_simulated_layers_input_is_rotated(dtype: torch.dtype) -> None:
     error, _ = output_error(x.reshape(-1, 128), w, layer, layer.scheme.pair.act)
     assert error == pytest.approx(float((expected - bias.double() - plain).norm() / plain.norm()), rel=1e-3)
     assert error < 0.03
+
+
+@pytest.mark.parametrize("method, key", [("minmax", None), ("mse", "weight.method"), ("gptq", "weight.method")])
+def test_only_plain_rounding_is_rotated(method: str, key: str | None) -> None:
+    weight = QConfig("per_channel", "int8", method=method, ext=(("convrot", 64),))
+    found = fault(Pair(QConfig("per_token", "int8"), weight))
+    assert (found and found[0]) == key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections import deque
 from pathlib import Path
@@ -18,7 +19,7 @@ from streamq.device.cpu import CPU, host_bytes
 from streamq.errors import UsageError
 from streamq.savers import Spec
 from streamq.savers.shard import ShardWriter, layout, publish, write_whole
-from streamq.stages import Arena, Lane
+from streamq.stages import Arena, Lane, Team
 
 
 @given(st.integers(10, 200), st.lists(st.one_of(st.integers(1, 120), st.none()), max_size=60))
@@ -150,3 +151,69 @@ def test_header_lengths_that_look_like_a_pickle(tmp_path: Path, length: int) -> 
     save_file({name: torch.ones(1)}, tmp_path / "x.safetensors")
     assert (tmp_path / "x.safetensors").read_bytes()[:2] == length.to_bytes(2, "little")
     assert set(open_checkpoint(tmp_path / "x.safetensors").tensors) == {name}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_team_gives_results_in_order(count: int) -> None:
+    """Though the first job ends last: with one member they are done in turn."""
+    team, done = Team(count, "team"), threading.Event()
+    if count == 1:
+        done.set()
+
+    def first() -> str:
+        assert done.wait(10)
+        return "first"
+
+    def last() -> str:
+        done.set()
+        return "last"
+
+    assert team.run([first, lambda: "middle", last]) == ["first", "middle", "last"]
+    team.close()
+
+
+def test_a_teams_error_comes_when_nobody_works_any_more() -> None:
+    """The jobs' memory is given to others as soon as `run` returns, however it returns."""
+    team, failed, ended = Team(2, "team"), threading.Event(), []
+
+    def fails() -> None:
+        failed.set()
+        raise ValueError("of the first")
+
+    def slow() -> None:
+        assert failed.wait(10)
+        threading.Event().wait(0.1)
+        ended.append("slow")
+
+    with pytest.raises(ValueError, match="of the first"):
+        team.run([fails, slow])
+    assert ended == ["slow"]
+    team.close()
+
+
+def test_syncing_beside_a_write_closes_nothing_that_is_unsynced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit's sync runs while the next unit's last bytes arrive: they are not the sync's, so the file stays open."""
+    file, places = layout("a.safetensors", 0, [Spec("x", "U8", (4,), "a"), Spec("y", "U8", (4,), "b")], 0o644)
+    writer, lane = ShardWriter(tmp_path, file), Lane(0, "hash")
+    writer.create()
+    writer.begin(places[0])
+    writer.append(memoryview(b"1234"), lane.start)
+    writer.end()
+    plain = os.fdatasync
+
+    def slow_sync(descriptor: int) -> None:
+        plain(descriptor)
+        if writer.position < file.size:
+            writer.begin(places[1])
+            writer.append(memoryview(b"5678"), lane.start)
+            writer.end()
+
+    monkeypatch.setattr(os, "fdatasync", slow_sync)
+    writer.sync()
+    assert writer._descriptor >= 0, "closed, though what came meanwhile is not on the disk"
+    synced = []
+    monkeypatch.setattr(os, "fdatasync", synced.append)
+    writer.sync()
+    assert len(synced) == 1 and writer._descriptor < 0

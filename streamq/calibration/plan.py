@@ -123,7 +123,7 @@ def plan_calibration(
     if next_input == "quantized" and len(recipes) > 1:
         raise UsageError(
             f"spec.calibration.next_input quantized{'' if 'next_input' in chosen else ', the default of gptq'}: each of"
-            f" the {len(recipes)} formats would need a replay of its own; write one format a run, or use next_input: float"
+            f" the {len(recipes)} formats would need a replay of its own; write one a run, or use next_input: float"
         )
     settings = settings_of({"seed": seed} | chosen)
     shapes, samples = {}, {}
