@@ -18,6 +18,13 @@ from streamq.errors import UsageError
 from streamq.quantized import QuantizedLinear, Rule, Scheme
 from streamq.savers import Document, SaveOptions, Schemes, Spec, native
 from streamq.savers.diffusers_model import metadata_of
+from streamq.savers.plain import bias as bias
+from streamq.savers.plain import encode_vector as encode_vector
+from streamq.savers.plain import float_shape as float_shape
+from streamq.savers.plain import root_documents as root_documents
+from streamq.savers.plain import rotation_specs as rotation_specs
+from streamq.savers.plain import unpack as unpack
+from streamq.savers.plain import vector_specs as vector_specs
 from streamq.wan import COMFYUI_PREFIX, Linear, Model, unit_of
 
 if TYPE_CHECKING:
@@ -89,21 +96,6 @@ def encode(layer: QuantizedLinear, options: SaveOptions) -> list[Tensor]:
     return [layer.codes, scales, note] + ([] if layer.bias is None else [layer.bias])
 
 
-def vector_specs(name: str, dim: int) -> list[Spec]:
-    """Nothing lies beside a norm."""
-    return []
-
-
-def encode_vector(smooth: Tensor) -> list[Tensor]:
-    """Nothing lies beside a norm."""
-    return []
-
-
-def rotation_specs(attention: str, head_dim: int) -> list[Spec]:
-    """No attention is rotated."""
-    return []
-
-
 def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str, options: SaveOptions) -> Spec:
     """Float tensors keep the source's dtype and bytes."""
     return Spec(_prefix(options) + name, dtype, shape, unit)
@@ -142,11 +134,6 @@ def documents(
     model: Model, files: list[tuple[str, list[Spec]]], schemes: Schemes, options: SaveOptions, beside: Iterable[Path]
 ) -> list[Document]:
     """ComfyUI reads no configuration."""
-    return []
-
-
-def root_documents(experts: Sequence[str], model: Model, schemes: Schemes) -> list[Document]:
-    """None."""
     return []
 
 
@@ -320,11 +307,6 @@ def _metadata_problems(path: Path, notes: Mapping[str, Mapping[str, Any]]) -> li
     return found
 
 
-def float_shape(name: str, dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Nothing is packed."""
-    return shape
-
-
 def float_name(name: str) -> str | None:
     """The native name, without the prefix."""
     return None if name.endswith(_OWN) else name.removeprefix(COMFYUI_PREFIX)
@@ -359,13 +341,3 @@ def decode(tensors: Mapping[str, Tensor]) -> Callable[[slice], Tensor]:
         return unrotate(made, size) if size else made
 
     return rows
-
-
-def unpack(tensors: Mapping[str, Tensor]) -> QuantizedLinear | None:
-    """Nothing is packed."""
-    return None
-
-
-def bias(tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """As it is."""
-    return tensors.get("bias")

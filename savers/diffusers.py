@@ -23,6 +23,13 @@ from streamq.savers import diffusers_contents as contents
 from streamq.savers.diffusers_contents import ACT_SCALE, PRE_SCALE, QDATA, SCALE, ZERO
 from streamq.savers.diffusers_model import EXPERTS as EXPERTS
 from streamq.savers.diffusers_model import STEM, config_of, described, program, split, stock_shapes
+from streamq.savers.plain import bias as bias
+from streamq.savers.plain import encode_vector as encode_vector
+from streamq.savers.plain import float_shape as float_shape
+from streamq.savers.plain import root_documents as root_documents
+from streamq.savers.plain import rotation_specs as rotation_specs
+from streamq.savers.plain import unpack as unpack
+from streamq.savers.plain import vector_specs as vector_specs
 from streamq.wan import Linear, Model, to_diffusers, to_native, unit_of
 from streamq.wan.config import DIFFUSERS_VERSION, diffusers_document, keeps_fp32
 
@@ -73,21 +80,6 @@ def encode(layer: QuantizedLinear, options: SaveOptions) -> list[Tensor]:
         assert layer.smooth is not None
         found.append(layer.smooth.reciprocal().bfloat16())
     return found if layer.bias is None else [*found, layer.bias.bfloat16()]
-
-
-def vector_specs(name: str, dim: int) -> list[Spec]:
-    """Nothing lies beside a norm."""
-    return []
-
-
-def encode_vector(smooth: Tensor) -> list[Tensor]:
-    """Nothing lies beside a norm."""
-    return []
-
-
-def rotation_specs(attention: str, head_dim: int) -> list[Spec]:
-    """Nothing is rotated."""
-    return []
 
 
 def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str, options: SaveOptions) -> Spec:
@@ -173,11 +165,6 @@ def _check_source(model: Model, config: Mapping[str, Any]) -> None:
         )
 
 
-def root_documents(experts: Sequence[str], model: Model, schemes: Schemes) -> list[Document]:
-    """None."""
-    return []
-
-
 def usage(folders: Mapping[str, str], model: Model, schemes: Schemes, options: SaveOptions) -> list[str]:
     """The lines of a program with stock diffusers; the other parts come from the original pipeline."""
     lines = [
@@ -240,11 +227,6 @@ def float_name(name: str) -> str | None:
     return None if suffix in (SCALE, ZERO, ACT_SCALE, PRE_SCALE) else to_native(name)
 
 
-def float_shape(name: str, dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Nothing is packed."""
-    return shape
-
-
 def contradictions(tensors: Mapping[str, Tensor]) -> list[str]:
     """The zero point of a symmetric weight is zero."""
     zero = tensors.get(ZERO)
@@ -259,13 +241,3 @@ def decode(tensors: Mapping[str, Tensor]) -> Callable[[slice], Tensor]:
         return weight * tensors[PRE_SCALE].float() if PRE_SCALE in tensors else weight
 
     return rows
-
-
-def unpack(tensors: Mapping[str, Tensor]) -> QuantizedLinear | None:
-    """Nothing is packed."""
-    return None
-
-
-def bias(tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """As it is."""
-    return tensors.get("bias")

@@ -24,8 +24,16 @@ from streamq.checkpoint import BLOCK_SIZE, load_json
 from streamq.errors import UsageError
 from streamq.quantized import LABELS, QuantizedLinear, Rule, Scheme
 from streamq.savers import Document, SaveOptions, Schemes, Spec, gguf_file
+from streamq.savers.plain import bias as bias
+from streamq.savers.plain import encode_vector as encode_vector
+from streamq.savers.plain import float_shape as float_shape
+from streamq.savers.plain import root_documents as root_documents
+from streamq.savers.plain import rotation_specs as rotation_specs
+from streamq.savers.plain import unpack as unpack
+from streamq.savers.plain import vector_specs as vector_specs
 from streamq.wan import COMFYUI_PREFIX, Linear, Model, to_diffusers, unit_of
 from streamq.wan.config import CLASS, DIFFUSERS_VERSION, VACE_CLASS, diffusers_document
+from streamq.wan.names import RMS_NORMS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +55,6 @@ BLOCK = 32
 SMALL = 1024  # elements
 MAX_CONFIG_BYTES = 4 << 20
 WITHOUT_DIFFUSERS = ("s2v", "animate", "flf2v")  # of flf2v, from_single_file leaves the positions out (0.42.1)
-_WITHOUT_BIAS = ("norm_q", "norm_k", "norm_k_img")
 _KINDS = {word: LABELS[kind] for kind, word in TYPES.items()}
 _TILE = 1 << 17  # codes that are packed or unpacked at a time
 
@@ -88,21 +95,6 @@ def encode(layer: QuantizedLinear, options: SaveOptions) -> list[Tensor]:
 def _tiles(rows: int, columns: int) -> list[slice]:
     step = max(1, _TILE // columns)
     return [slice(start, start + step) for start in range(0, rows, step)]
-
-
-def vector_specs(name: str, dim: int) -> list[Spec]:
-    """GGUF's loaders know no smoothing."""
-    return []
-
-
-def encode_vector(smooth: Tensor) -> list[Tensor]:
-    """See `vector_specs`."""
-    return []
-
-
-def rotation_specs(attention: str, head_dim: int) -> list[Spec]:
-    """GGUF's loaders rotate nothing."""
-    return []
 
 
 def _kept_in_fp32(name: str, shape: Sequence[int]) -> bool:
@@ -155,11 +147,6 @@ def documents(
         return []
     config = json.dumps(diffusers_document(model, "gguf"), indent=2, sort_keys=True) + "\n"
     return [Document("config.json", config.encode())]
-
-
-def root_documents(experts: Sequence[str], model: Model, schemes: Schemes) -> list[Document]:
-    """None."""
-    return []
 
 
 def usage(folders: Mapping[str, str], model: Model, schemes: Schemes, options: SaveOptions) -> list[str]:
@@ -231,7 +218,7 @@ def problems(folder: Path, tensors: Mapping[str, Any]) -> list[str]:
         module, _, leaf = name.rpartition(".")
         if leaf == "bias" and f"{module}.weight" not in tensors:
             found.append(f"{module}.weight: missing beside its bias")
-        if leaf == "weight" and to_diffusers(module) and module.rpartition(".")[2] not in _WITHOUT_BIAS:
+        if leaf == "weight" and to_diffusers(module) and module.rpartition(".")[2] not in RMS_NORMS:
             own = tensors.get(f"{module}.bias")
             if own is None:
                 found.append(f"{module}.bias: missing")
@@ -267,11 +254,6 @@ def _wrong_type(name: str, dtype: str, shape: Sequence[int]) -> str | None:
     if unit_of(name) == "rest" or not name.endswith(".weight"):
         return "must be BF16, F16 or F32: only layers of blocks are quantized"
     return None
-
-
-def float_shape(name: str, dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Headers give the shape of what is packed."""
-    return shape
 
 
 def float_name(name: str) -> str | None:
@@ -325,13 +307,3 @@ def decode(tensors: Mapping[str, Tensor]) -> Callable[[slice], Tensor]:
         return (scales.unsqueeze(2) * (codes - middle).float()).flatten(1)
 
     return rows
-
-
-def unpack(tensors: Mapping[str, Tensor]) -> QuantizedLinear | None:
-    """Activations are not quantized, so that there is nothing to emulate."""
-    return None
-
-
-def bias(tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """As it is."""
-    return tensors.get("bias")

@@ -17,6 +17,12 @@ from streamq.checkpoint import load_json, read_header
 from streamq.errors import UsageError
 from streamq.quantized import QuantizedLinear, Rule, Scheme
 from streamq.savers import Document, SaveOptions, Schemes, Spec, lightx2v_config, native
+from streamq.savers.plain import bias as bias
+from streamq.savers.plain import float_shape as float_shape
+from streamq.savers.plain import metadata as metadata
+from streamq.savers.plain import rotation_specs as rotation_specs
+from streamq.savers.plain import unfit as unfit
+from streamq.savers.plain import unpack as unpack
 from streamq.wan import Linear, Model, unit_of
 
 if TYPE_CHECKING:
@@ -40,11 +46,6 @@ INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SINGLE = "diffusion_pytorch_model.safetensors"
 CONFIG_KEYS = ("dim", "ffn_dim", "in_dim", "num_heads", "num_layers")
 MAX_JSON_BYTES = 64 << 20
-
-
-def unfit(layer: Linear, scheme: Scheme) -> str | None:
-    """Any size does."""
-    return None
 
 
 def quantized_specs(layer: Linear, scheme: Scheme, options: SaveOptions) -> list[Spec]:
@@ -79,11 +80,6 @@ def encode_vector(smooth: Tensor) -> list[Tensor]:
     """The bias multiplies AdaLN's shift; it is not added."""
     inverse = smooth.reciprocal()
     return [inverse, inverse]
-
-
-def rotation_specs(attention: str, head_dim: int) -> list[Spec]:
-    """LightX2V rotates nothing."""
-    return []
 
 
 def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str, options: SaveOptions) -> Spec:
@@ -138,11 +134,6 @@ def files(specs: Sequence[Spec], schemes: Schemes, options: SaveOptions) -> list
         name = f"block_{number}.safetensors" if kind == "blocks" else "non_block.safetensors"
         found.setdefault(name, []).append(spec)
     return list(found.items())
-
-
-def metadata(model: Model, schemes: Schemes, options: SaveOptions) -> dict[str, str]:
-    """None."""
-    return {}
 
 
 def documents(
@@ -290,11 +281,6 @@ def _affine_problems(config: Mapping[str, Any], blocks: Sequence[str], tensors: 
     return found
 
 
-def float_shape(name: str, dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Nothing is packed."""
-    return shape
-
-
 def float_name(name: str) -> str | None:
     """The native name itself."""
     return None if name.endswith(".weight_scale") or ".affine_norm" in name else name
@@ -308,13 +294,3 @@ def contradictions(tensors: Mapping[str, Tensor]) -> list[str]:
 def decode(tensors: Mapping[str, Tensor]) -> Callable[[slice], Tensor]:
     """codes · scale, float32 [out, in]."""
     return lambda rows: tensors["weight"][rows].float() * tensors["weight_scale"][rows].float()
-
-
-def unpack(tensors: Mapping[str, Tensor]) -> QuantizedLinear | None:
-    """Nothing is packed."""
-    return None
-
-
-def bias(tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """As it is."""
-    return tensors.get("bias")

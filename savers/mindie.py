@@ -32,6 +32,12 @@ from streamq.savers.mindie_contents import MODE as MODE
 from streamq.savers.mindie_contents import TYPES as TYPES
 from streamq.savers.mindie_contents import layers_in as layers_in
 from streamq.savers.mindie_contents import problems as problems
+from streamq.savers.plain import encode_vector as encode_vector
+from streamq.savers.plain import metadata as metadata
+from streamq.savers.plain import root_documents as root_documents
+from streamq.savers.plain import unfit as unfit
+from streamq.savers.plain import unpack as unpack
+from streamq.savers.plain import vector_specs as vector_specs
 from streamq.wan import Linear, Model, unit_of
 
 if TYPE_CHECKING:
@@ -58,11 +64,6 @@ _TYPED = {suffix for kind in TYPES.values() for suffix in tensors_of(kind, 1, 1)
 
 def _carries(scheme: Scheme) -> bool:
     return scheme.smooth is not None and scheme.smooth.way == "layer"
-
-
-def unfit(layer: Linear, scheme: Scheme) -> str | None:
-    """Any size does."""
-    return None
 
 
 def quantized_specs(layer: Linear, scheme: Scheme, options: SaveOptions) -> list[Spec]:
@@ -112,16 +113,6 @@ def _packed(codes: Tensor) -> Tensor:
 
     wide = codes.view(torch.uint8)
     return (wide[:, 1::2] << 4).bitwise_or_(wide[:, 0::2])
-
-
-def vector_specs(name: str, dim: int) -> list[Spec]:
-    """Nothing lies beside a norm."""
-    return []
-
-
-def encode_vector(smooth: Tensor) -> list[Tensor]:
-    """Nothing lies beside a norm."""
-    return []
 
 
 def rotation_specs(attention: str, head_dim: int) -> list[Spec]:
@@ -190,11 +181,6 @@ def files(specs: Sequence[Spec], schemes: Schemes, options: SaveOptions) -> list
     return [(f"quant_model_weight-{i:05d}-of-{count:05d}.safetensors", shard) for i, shard in enumerate(shards, 1)]
 
 
-def metadata(model: Model, schemes: Schemes, options: SaveOptions) -> dict[str, str]:
-    """None."""
-    return {}
-
-
 def documents(
     model: Model, files: list[tuple[str, list[Spec]]], schemes: Schemes, options: SaveOptions,
     beside: Iterable[Path],
@@ -224,11 +210,6 @@ def documents(
             if wanted and path.name not in found and path.stat().st_size <= MAX_DOCUMENT_BYTES:
                 found[path.name] = path.read_bytes()
     return [Document(file, content) for file, content in found.items()]
-
-
-def root_documents(experts: Sequence[str], model: Model, schemes: Schemes) -> list[Document]:
-    """None."""
-    return []
 
 
 def usage(folders: Mapping[str, str], model: Model, schemes: Schemes, options: SaveOptions) -> list[str]:
@@ -346,11 +327,6 @@ def _decode_mx(codes: Tensor, exponents: Tensor, mul: Tensor | None) -> Callable
         return weight if mul is None else weight * mul
 
     return rows_of
-
-
-def unpack(tensors: Mapping[str, Tensor]) -> QuantizedLinear | None:
-    """`decode` says all that there is to say."""
-    return None
 
 
 def bias(tensors: Mapping[str, Tensor]) -> Tensor | None:

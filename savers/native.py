@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from streamq.checkpoint import load_json
 from streamq.errors import UsageError
 from streamq.wan import to_diffusers
+from streamq.wan.names import RMS_NORMS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FLOATS = ("F32", "BF16", "F16")
-_BARE = ("norm_q", "norm_k", "norm_k_img")  # RMS norms, the only modules of Wan's without a bias
 _MANIFEST = "streamq.json"
 _MAX_MANIFEST_BYTES = 256 << 20
 _AT_A_TIME = 1 << 22
@@ -32,7 +32,7 @@ def wrong_floats(tensors: Mapping[str, Any], quantized: Collection[str]) -> list
             continue
         if info.dtype not in FLOATS:
             found.append(f"{name}: {info.dtype}, must be a float")
-        elif leaf == "weight" and module.rpartition(".")[2] not in _BARE:
+        elif leaf == "weight" and module.rpartition(".")[2] not in RMS_NORMS:
             found += wrong_bias(tensors, module, info.shape[:1])
         elif leaf == "bias" and f"{module}.weight" not in tensors:
             found.append(f"{module}.weight: missing beside its bias")

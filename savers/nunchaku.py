@@ -24,6 +24,10 @@ from streamq.savers import nunchaku_contents as contents
 from streamq.savers import nunchaku_layout as layout
 from streamq.savers.diffusers_model import EXPERTS as EXPERTS
 from streamq.savers.diffusers_model import FLOATS, config_of, described, program, split
+from streamq.savers.plain import encode_vector as encode_vector
+from streamq.savers.plain import root_documents as root_documents
+from streamq.savers.plain import rotation_specs as rotation_specs
+from streamq.savers.plain import vector_specs as vector_specs
 from streamq.wan import Linear, Model, to_native, unit_of
 from streamq.wan.config import DIFFUSERS_VERSION, diffusers_document, keeps_fp32
 
@@ -174,21 +178,6 @@ def _same_bits(one: Tensor | None, other: Tensor | None) -> bool:
     return torch.equal(one.contiguous().view(whole), other.contiguous().view(whole))
 
 
-def vector_specs(name: str, dim: int) -> list[Spec]:
-    """Nothing lies beside a norm."""
-    return []
-
-
-def encode_vector(smooth: Tensor) -> list[Tensor]:
-    """Nothing lies beside a norm."""
-    return []
-
-
-def rotation_specs(attention: str, head_dim: int) -> list[Spec]:
-    """Nothing is rotated."""
-    return []
-
-
 def passed_spec(name: str, dtype: str, shape: tuple[int, ...], unit: str, options: SaveOptions) -> Spec:
     """bf16, which the model runs in, but for the parameters that diffusers keeps in fp32 where it can."""
     return Spec(name, "BF16" if dtype in FLOATS and not keeps_fp32(name) else dtype, shape, unit)
@@ -288,11 +277,6 @@ def _check_names(
             f"nunchaku: {model.checkpoint.root} has other tensors than diffusers' {config['_class_name']}, which would"
             f" load it without a word: {wrong[0]} ({len(wrong)} in all); choose another --format"
         )
-
-
-def root_documents(experts: Sequence[str], model: Model, schemes: Schemes) -> list[Document]:
-    """None."""
-    return []
 
 
 def usage(folders: Mapping[str, str], model: Model, schemes: Schemes, options: SaveOptions) -> list[str]:

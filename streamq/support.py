@@ -12,7 +12,8 @@ from typing import Any
 from streamq import resolve
 from streamq.device import KINDS
 from streamq.pairs import QConfig
-from streamq.recipe import AttentionStep, LinearQuant, Recipe, SmoothStep
+from streamq.quantized import Rule, Scheme
+from streamq.recipe import AttentionStep, LinearQuant, Recipe, SmoothStep, parse_recipe
 from streamq.savers import formats
 from streamq.wan.names import BLOCK_LINEARS, to_native
 
@@ -20,7 +21,7 @@ BLOCKS = 40  # a model with as many as the largest, so that recipes that name bl
 OUTER = ("text_embedding.0", "text_embedding.2", "time_projection.1", "head.head", "img_emb.proj.1", "img_emb.proj.3")
 DTYPES = {"fp8_e4m3": "e4m3", "mxfp8": "e4m3", "mxfp4": "e2m1", "nvfp4": "e2m1"}
 SCOPES = {"per_channel": "per output channel", "per_tensor": "one scale", "per_token": "per token"}
-GROUPS = {"int4": 64, "nvfp4": 16, "mxfp8": 32, "mxfp4": 32, "int8": 32}
+GROUPS = {"int4": 64, "nvfp4": 16}  # of per_group; per_block is 32 everywhere
 
 
 def served() -> dict[str, dict[str, Recipe]]:
@@ -36,8 +37,6 @@ def served() -> dict[str, dict[str, Recipe]]:
 
 
 def _metadata() -> list[dict[str, Any]]:
-    from streamq.recipe import parse_recipe
-
     return [parse_recipe(text, name, name).document["metadata"] for name, text in resolve.library().items()]
 
 
@@ -118,8 +117,6 @@ def _attention(step: AttentionStep) -> str:
 
 
 def _needs_data(recipe: Recipe) -> bool:
-    from streamq.quantized import Rule, Scheme
-
     pairs = [step.pair for step in _steps(recipe)]
     smoothed = any(isinstance(step, SmoothStep) for step in recipe.process)
     return smoothed or any(Scheme(pair.type or "", pair, Rule()).needs_data for pair in pairs)

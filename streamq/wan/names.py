@@ -41,6 +41,7 @@ TOP_BACK = {diffusers: native for native, diffusers in TOP.items()}
 _BLOCK_NUMBER = r"(?:vace_)?blocks\.(?:0|[1-9]\d{0,5})"
 _NAME = re.compile(rf"(?P<block>{_BLOCK_NUMBER}\.)?(?P<module>.*?)(?P<leaf>\.(?:weight|bias))?", re.DOTALL)
 
+RMS_NORMS = ("norm_q", "norm_k", "norm_k_img")  # native names; the only modules of Wan's without a bias
 # The linear layers that every block has, by diffusers name, in module order.
 BLOCK_LINEARS = (
     "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0",
