@@ -20,6 +20,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -78,6 +79,7 @@ class Recorder:
         self._synced_size: dict[str, int] = {}  # of files with changes that no sync has followed
         self._unsynced: dict[str, list[tuple[int, int]]] = {}
         self._renamed: list[tuple[str, str]] = []
+        self._lock = threading.RLock()  # several threads write, and one more commits
 
     def install(self) -> None:
         """Wrap the calls, for the rest of this process's life."""
@@ -105,13 +107,16 @@ class Recorder:
             path = path_of(args[0])
             if path != self.root and not path.startswith(self.root + "/"):
                 return real(*args, **keywords)
-            self.calls.append(f"{name} {os.path.relpath(path, self.root)}")
-            if self._due(name, path):
+            with self._lock:
+                self.calls.append(f"{name} {os.path.relpath(path, self.root)}")
+                due = self._due(name, path)
+            if due:
                 done = self._fire(partial(real, **keywords), args, path, name)
                 if done is not None:
                     return done
-            self._note(name, args, path)
-            return real(*args, **keywords)
+            with self._lock:  # what is noted is done before the power can go
+                self._note(name, args, path)
+                return real(*args, **keywords)
 
         setattr(owner, name, call)
 
@@ -137,8 +142,9 @@ class Recorder:
             real(*args)
             _die()
         if fault.act in ("power", "power_kept"):
-            self._cut(keep_renames=fault.act == "power_kept")
-            _die()
+            with self._lock:
+                self._cut(keep_renames=fault.act == "power_kept")
+                _die()
         if fault.act == "error":
             time.sleep(0.02)  # a disk takes its time, and the other threads fill their queues meanwhile
             raise OSError(fault.code, os.strerror(fault.code))
