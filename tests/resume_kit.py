@@ -23,10 +23,10 @@ from faults import (
     unsound,
 )
 
-DEFAULT_KILLS = 20
+DEFAULT_KILLS = 12
 KILLS = int(os.environ.get("STREAMQ_KILLS", str(DEFAULT_KILLS)))
 SEED = os.environ.get("STREAMQ_SEED", "0")
-THOROUGH = KILLS > 4 * DEFAULT_KILLS
+THOROUGH = KILLS > 6 * DEFAULT_KILLS
 KILLED = -signal.SIGKILL
 BOTH = "mindie,lightx2v"
 WEIGHTS = "quant_model_weight_w8a8_dynamic.safetensors"

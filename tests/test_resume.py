@@ -128,7 +128,7 @@ def test_killed_at_every_call(runs: Runs, works: Works, tmp_path: Path) -> None:
 
 def test_killed_at_many_calls_of_two_experts(runs: Runs, works: Works, tmp_path: Path) -> None:
     work = works("pair", "--format", BOTH, "--read_ahead", 3)
-    numbers = thinned(range(1, len(work.calls) + 1), work.calls, 25)
+    numbers = thinned(range(1, len(work.calls) + 1), work.calls, 40)
     faults = [Fault("before", number) for number in numbers]
     faults += [Fault("half", number) for number in numbers if work.calls[number - 1].split()[0] in HALVED]
     problems = sweep(runs, work, tmp_path, some(faults, 40), was_killed)
@@ -139,7 +139,7 @@ def test_killed_at_many_calls_of_two_experts(runs: Runs, works: Works, tmp_path:
 def test_power_cut(runs: Runs, works: Works, tmp_path: Path, act: str) -> None:
     """The machine goes down: what no sync has followed is gone, and renames may or may not have reached the disk."""
     work = works("small", "--format", BOTH, "--read_ahead", 1)
-    numbers = thinned(range(1, len(work.calls) + 1), work.calls, 15)
+    numbers = thinned(range(1, len(work.calls) + 1), work.calls, 30)
     if act == "power_kept":
         numbers = [number for number, call in enumerate(work.calls, 2) if call.startswith("replace")]
     faults = some([Fault(act, number) for number in numbers], 50)
@@ -273,7 +273,7 @@ def failed_as_told(work: Work) -> Callable[[Fault, Ended], str]:
 def test_disk_full(runs: Runs, works: Works, tmp_path: Path, call: str, read_ahead: int) -> None:
     """Once, or from then on. At every depth: what stands behind the failed write in the queue must not be committed."""
     work = works("small", "--format", BOTH, "--read_ahead", read_ahead)
-    numbers = thinned(work.numbers(call), work.calls, 12)
+    numbers = thinned(work.numbers(call), work.calls, 24)
     assert numbers
     once = [Fault("error", number, code=errno.ENOSPC) for number in numbers]
     forever = [replace(fault, forever=True) for fault in once]
@@ -341,7 +341,7 @@ def test_short_writes(runs: Runs, works: Works, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted(runs: Runs, works: Works, tmp_path: Path, number: signal.Signals, read_ahead: int) -> None:
     work = works("small", "--format", BOTH, "--read_ahead", read_ahead)
-    numbers = range(1 + number % 7, len(work.calls) + 1, 1 if THOROUGH else 18)
+    numbers = range(1 + number % 7, len(work.calls) + 1, 1 if THOROUGH else 30)
     faults = [Fault("signal", n, code=number) for n in numbers]
     problems = sweep(runs, work, tmp_path, faults, lambda fault, ended: ended.complaint(130))
     assert not problems, report(problems)
@@ -350,7 +350,7 @@ def test_interrupted(runs: Runs, works: Works, tmp_path: Path, number: signal.Si
 def test_interrupted_again_and_again(runs: Runs, works: Works, tmp_path: Path) -> None:
     """An impatient user: a signal at every call from one on. How it ends may vary, what it leaves may not."""
     work = works("small", "--format", BOTH, "--read_ahead", 3)
-    numbers = range(1, len(work.calls), 1 if THOROUGH else 16)
+    numbers = range(1, len(work.calls), 1 if THOROUGH else 30)
     faults = [Fault("signal", number, code=signal.SIGINT, forever=True) for number in numbers]
     problems = sweep(runs, work, tmp_path, faults, lambda fault, ended: "" if ended.status else "not interrupted")
     assert not problems, report(problems)
