@@ -52,8 +52,10 @@ class Histogram:
         # By a power of two: exact, also as a product with a reciprocal.
         factor = BINS / 2 / self.limit
         for tile in x.split(TILE_ROWS):
-            index = (tile.float() * factor).floor_().add_(BINS // 2).int()
-            self.counts += torch.bincount(index.flatten(), minlength=BINS)
+            index = (tile.float() * factor).floor_()
+            # A negative value may underflow to zero, where it would be on the other side.
+            index.sub_(((tile < 0) & (index == 0)).float()).add_(BINS // 2)
+            self.counts += torch.bincount(index.int().flatten(), minlength=BINS)
 
     def _double(self) -> None:
         merged = self.counts.view(-1, 2).sum(dim=1)
