@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from streamq.methods import METHODS, svdquant
+from streamq.methods import METHODS, RANGED, svdquant
 from streamq.methods.activation import static_tensors
 from streamq.methods.fourbit import HALF
+from streamq.methods.int8 import RowRanges
 from streamq.methods.report import output_error
 from streamq.methods.smooth import awq, exact, exact_for_norm, search_alpha, smoothquant
 from streamq.methods.statistics import InputStatistics
@@ -93,9 +94,13 @@ def plain(scheme: Scheme) -> Scheme:
 
 @torch.no_grad()
 def quantize(
-    name: str, weight: Tensor, bias: Tensor | None, scheme: Scheme, block: Block, out: Tensor
-) -> tuple[QuantizedLinear, dict[str, object]]:
-    """A layer's codes, and its row of the report. `name`: diffusers name; `out`: int8 [out, in] to be filled."""
+    name: str, weight: Tensor, bias: Tensor | None, scheme: Scheme, block: Block, out: Tensor,
+    ranges: RowRanges | None = None,
+) -> tuple[QuantizedLinear, dict[str, object]]:  # fmt: skip
+    """A layer's codes, and its row of the report. `name`: diffusers name; `out`: int8 [out, in] to be filled.
+
+    ranges: of this weight, where several schemes share it; for types in RANGED.
+    """
     statistics = _statistics(name, block)
     columns = block.vector(scheme.smooth) if scheme.smooth else None
     rows = block.vector(scheme.rows) if scheme.rows else None
@@ -103,7 +108,8 @@ def quantize(
     with warnings.catch_warnings(record=True) if scheme.needs_data else nullcontext([]) as said:
         if scheme.needs_data:
             warnings.simplefilter("always", RuntimeWarning)
-        layer = METHODS[scheme.type](weight, bias, scheme, out, columns=columns, rows=rows, stats=statistics)
+        shared = {"ranges": ranges} if scheme.type in RANGED else {}
+        layer = METHODS[scheme.type](weight, bias, scheme, out, columns=columns, rows=rows, stats=statistics, **shared)
     report: dict[str, object] = dict(_figures(layer, weight, statistics))
     notes = [str(one.message) for one in said or () if one.category is RuntimeWarning]
     if layer.static is not None and (saturated := static_tensors(layer)[-1]):

@@ -32,10 +32,10 @@ from streamq.lora import open_source
 from streamq.plan import COPY_CHUNK, ExpertPlan, Plan, Step, Unit
 from streamq.savers.shard import Place, ShardWriter, write_whole
 from streamq.stages import Arena, Lane, Team, Watcher
-from streamq.steps import Loaded, Work, damaged, load, made, merge_loras, observe
+from streamq.steps import Loaded, Tensors, Work, begin, damaged, load, merge_loras, observe
 
-# A step, the tensors to be written (None: its source is copied), and whether they take room in the arena.
-Ready = tuple[Step, list[tuple[Place, torch.Tensor]] | None, bool]
+# A step, what gives its tensors (None: its source is copied), and whether they take room in the arena.
+Ready = tuple[Step, Tensors | None, bool]
 
 
 def run(plan: Plan, device: Device, watcher: Watcher) -> dict[str, Any] | None:
@@ -140,12 +140,12 @@ def _ready(
         work.device.wait(token.result())
         if block.seen is None:  # otherwise it was done before the inputs went through
             merge_loras(step, memory, work)
-    return step, made(step, memory, work, commit, block), memory is not None
+    return step, begin(step, memory, work, commit, block), memory is not None
 
 
-def _write(tensors: list[tuple[Place, torch.Tensor]], token: Any, work: Work, commit: Commit, held: bool) -> None:
+def _write(tensors: Tensors, token: Any, work: Work, commit: Commit, held: bool) -> None:
     files: dict[int, list[tuple[Place, torch.Tensor]]] = {}
-    for place, tensor in tensors:
+    for place, tensor in tensors():
         files.setdefault(place.file, []).append((place, tensor))
     work.files.run([partial(_append, part, token, work, commit) for part in files.values()])
     if held:

@@ -116,20 +116,32 @@ class Lane:
 
 
 class Team:
-    """Threads that do a few jobs side by side, for one caller at a time. A team of one has no thread."""
+    """Threads that do a few jobs side by side. A team of one has no thread: its jobs are done when they are begun."""
 
     def __init__(self, count: int, name: str) -> None:
+        self.threads = count > 1
         self._pool = ThreadPoolExecutor(count, name) if count > 1 else None
+
+    def start(self, jobs: Sequence[Callable[[], T]]) -> list[Future[T]]:
+        """Begin jobs; their results, or their exceptions, are in the futures. Alone, raises a job's error."""
+        if self._pool is not None:
+            return [self._pool.submit(job) for job in jobs]
+        begun: list[Future[T]] = [Future() for _ in jobs]
+        for future, job in zip(begun, jobs, strict=True):
+            future.set_result(job())
+        return begun
 
     def run(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
         """Every job's result, in their order. Raises a job's error, once none is at work any more."""
-        if self._pool is None or len(jobs) < 2:
-            return [job() for job in jobs]
-        begun = [self._pool.submit(job) for job in jobs]
-        wait(begun)  # the memory that they work in is theirs until then
-        return [job.result() for job in begun]
+        return [job() for job in jobs] if len(jobs) < 2 else results(self.start(jobs))
 
     def close(self) -> None:
         """Let the threads end."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def results(begun: Sequence[Future[T]]) -> list[T]:
+    """What jobs came to. Raises a job's error, once none is at work any more: their memory is theirs until then."""
+    wait(begun)
+    return [job.result() for job in begun]

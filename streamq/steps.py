@@ -18,15 +18,18 @@ from streamq.journal import Commit, Journal
 from streamq.layers import Block, is_finite, quantize
 from streamq.lora import MergedSource
 from streamq.merge import merge
+from streamq.methods.int8 import RowRanges
 from streamq.methods.rotation import online_hadamard
 from streamq.plan import ExpertPlan, Output, Plan, Step, Target, Unit, aligned
 from streamq.quantized import QuantizedLinear, Scheme, encode_vector
 from streamq.savers.shard import Place, ShardWriter
-from streamq.stages import Arena, Lane, Team, Watcher
+from streamq.stages import Arena, Lane, Team, Watcher, results
 
 if TYPE_CHECKING:
     from streamq.calibration.replay import Replay, Seen
 
+Tensors = Callable[[], list[tuple[Place, torch.Tensor]]]
+Begun = dict[Scheme, Future[tuple[QuantizedLinear, dict[str, Any]]]]
 Loaded = tuple[Step, torch.Tensor | None, Future[Any]]  # a step, its region of the arena, the loading of it
 
 
@@ -126,12 +129,23 @@ def tensors_of(step: Step, memory: torch.Tensor) -> list[torch.Tensor]:
     return [part.view(TORCH_DTYPES[info.dtype]).view(info.shape) for part, info in parts]
 
 
-def made(
-    step: Step, memory: torch.Tensor | None, work: Work, commit: Commit, block: Block
+def begin(step: Step, memory: torch.Tensor | None, work: Work, commit: Commit, block: Block) -> Tensors:
+    """Work out every target's tensors of one step, which the result gives.
+
+    Where several methods look at nothing but the weight they are at work in threads of their own when this returns, and
+    whoever asks for the tensors waits for them.
+    """
+    begun = _quantized(step, memory, work, block)
+    tensors = partial(_made, step, memory, begun, work, commit, block)
+    return tensors if work.methods.threads and block.seen is None else partial(list, tensors())
+
+
+def _made(
+    step: Step, memory: torch.Tensor | None, begun: Begun, work: Work, commit: Commit, block: Block
 ) -> list[tuple[Place, torch.Tensor]]:  # fmt: skip
-    """Every target's tensors of one step. Targets with equal schemes share the work."""
+    """Every target's tensors of one step."""
     tensors = [] if memory is None else tensors_of(step, memory)
-    made = {} if memory is None else _quantized(step, tensors, parts_of(step, memory)[-1], work, block)
+    made = _ended(step, begun, work, block)
     found: list[tuple[Place, torch.Tensor]] = []
     for output in step.outputs:
         target, smooth = work.plan.targets[output.target], output.smooth
@@ -153,25 +167,32 @@ def made(
     return found
 
 
-def _quantized(
-    step: Step, tensors: list[torch.Tensor], room: torch.Tensor, work: Work, block: Block
-) -> dict[Scheme, tuple[QuantizedLinear, dict[str, Any]]]:
-    """The step's layer by each distinct scheme, side by side where nothing but the weight is looked at."""
-    jobs: dict[Scheme, Callable[[], tuple[QuantizedLinear, dict[str, Any]]]] = {}
-    for scheme in (output.scheme for output in step.outputs if output.scheme):
-        if scheme not in jobs:
-            weight, bias = tensors[0], tensors[1] if len(tensors) > 1 else None
-            codes = room[: weight.numel()].view(torch.int8).view(weight.shape)
-            room = room[weight.numel() :]
-            jobs[scheme] = partial(quantize, step.name, weight, bias, scheme, block, codes)
-    apart = not any(scheme.needs_data for scheme in jobs)
-    results = work.methods.run(list(jobs.values())) if apart else [job() for job in jobs.values()]
-    for layer, _ in results:
+def _quantized(step: Step, memory: torch.Tensor | None, work: Work, block: Block) -> Begun:
+    """The step's layer by each distinct scheme: targets with equal ones share the work."""
+    schemes = list(dict.fromkeys(output.scheme for output in step.outputs if output.scheme))
+    if memory is None or not schemes:
+        return {}
+    weight, *rest = tensors_of(step, memory)
+    room, apart = parts_of(step, memory)[-1], not any(scheme.needs_data for scheme in schemes)
+    ranges = RowRanges(weight) if apart and len(schemes) > 1 else None
+    jobs = []
+    for scheme in schemes:
+        codes = room[: weight.numel()].view(torch.int8).view(weight.shape)
+        room = room[weight.numel() :]
+        jobs.append(partial(quantize, step.name, weight, rest[0] if rest else None, scheme, block, codes, ranges))
+    return dict(zip(schemes, (work.methods if apart else Team(1, "")).start(jobs), strict=True))
+
+
+def _ended(
+    step: Step, begun: Begun, work: Work, block: Block
+) -> dict[Scheme, tuple[QuantizedLinear, dict[str, Any]]]:  # fmt: skip
+    found = dict(zip(begun, results(list(begun.values())), strict=True))
+    for layer, _ in found.values():
         for number, values in ((0, layer.scales), (0, layer.zeros), (1, layer.bias)):
             if values is not None and not torch.isfinite(values).all():
                 raise damaged(step.sources[number], work)
         block.layers.setdefault(step.name, layer)
-    return dict(zip(jobs, results, strict=True))
+    return found
 
 
 def _rotations(output: Output, work: Work) -> list[torch.Tensor]:

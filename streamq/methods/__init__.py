@@ -20,3 +20,5 @@ METHODS: dict[str, Callable[..., QuantizedLinear]] = {
     "w4a4_nvfp4": svdquant.quantize,
     "w4a16": int4.quantize,
 }
+# Those that look at whole rows, and take what another scheme has seen in them (`int8.RowRanges`).
+RANGED = ("w8a8", "w8a8_static", "w8a16", "fp8")

@@ -36,17 +36,18 @@ def quantize(
     columns: Tensor | None = None,
     rows: Tensor | None = None,
     stats: InputStatistics | None = None,
+    ranges: int8.RowRanges | None = None,
 ) -> QuantizedLinear:
     """Quantize a weight [out, in] of any float dtype. `out`: int8 [out, in] to be filled, else a new tensor.
 
-    The codes are float8_e4m3fn, a view of `out`. columns, rows: as in `int8.quantize`. A row that holds NaN or Inf gets
-    a scale that is not finite; the caller looks. Inputs are not looked at.
+    The codes are float8_e4m3fn, a view of `out`. columns, rows, ranges: as in `int8.quantize`. A row that holds NaN or
+    Inf gets a scale that is not finite; the caller looks. Inputs are not looked at.
     """
     if bias is not None and scheme.rule.arithmetic == "bf16":
         bias = bias.bfloat16()
     if bias is not None and rows is not None:
         bias = bias.float() / rows
-    job = _Job(weight, scheme, out, columns, rows)
+    job = _Job(weight, scheme, out, columns, rows, ranges)
     job.round("minmax")
     rel_error, cosine = job.errors()
     return QuantizedLinear(scheme, job.codes, job.scales, bias, weight.dtype, rel_error, cosine, columns, rows)
@@ -58,9 +59,10 @@ class _Job(int8.Job):
     TILES = 3
 
     def __init__(
-        self, weight: Tensor, scheme: Scheme, out: Tensor | None, columns: Tensor | None, rows: Tensor | None
-    ) -> None:
-        super().__init__(weight, scheme, out, columns, rows)
+        self, weight: Tensor, scheme: Scheme, out: Tensor | None, columns: Tensor | None, rows: Tensor | None,
+        ranges: int8.RowRanges | None,
+    ) -> None:  # fmt: skip
+        super().__init__(weight, scheme, out, columns, rows, ranges)
         self.codes = self.codes.view(torch.float8_e4m3fn)
         self.scratch = torch.empty(self.work.wide.shape, device=weight.device)
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from threading import Lock
 from typing import Any
 
 import torch
@@ -55,9 +56,11 @@ def quantize(
     columns: Tensor | None = None,
     rows: Tensor | None = None,
     stats: InputStatistics | None = None,
+    ranges: RowRanges | None = None,
 ) -> QuantizedLinear:
     """Quantize a weight [out, in] of any float dtype. `out`: int8 [out, in] to be filled, else a new tensor.
 
+    ranges: of this weight, where other schemes are made of it too; the result is the same.
     columns [in], rows [out], fp32: the weight's columns are multiplied, its rows and the bias divided by them first, in
     fp32 whatever the rule says (what follows too, but for torchao's); the bias then is fp32. stats: of the unsmoothed
     input; needed for a per_tensor activation and for method `gptq`, else ValueError, as for gptq with ConvRot. A Gram
@@ -74,7 +77,7 @@ def quantize(
         bias = bias.bfloat16()
     if bias is not None and rows is not None:
         bias = bias.float() / rows
-    job = Job(weight, scheme, out, columns, rows)
+    job = Job(weight, scheme, out, columns, rows, ranges)
     if config.method == "gptq":
         if stats is None or stats.gram is None:
             raise ValueError("gptq needs the Gram matrix of the layer's input")
@@ -100,8 +103,9 @@ class Job:
     TILES = 2
 
     def __init__(
-        self, weight: Tensor, scheme: Scheme, out: Tensor | None, columns: Tensor | None, rows: Tensor | None
-    ) -> None:
+        self, weight: Tensor, scheme: Scheme, out: Tensor | None, columns: Tensor | None, rows: Tensor | None,
+        ranges: RowRanges | None,
+    ) -> None:  # fmt: skip
         count, width = weight.shape
         device = weight.device
         self.weight, self.rule, self.config = weight, scheme.rule, scheme.pair.weight
@@ -118,6 +122,7 @@ class Job:
             self.rule, dtype = replace(self.rule, arithmetic="fp32"), torch.float32
         rows = None if rows is None else rows.unsqueeze(1)
         self.work = Tile(min(self.step, count), width, dtype, device, columns, rows, rotation)
+        self.ranges = None if self.work.scaled or self.config.scope == "per_tensor" else ranges
 
     def parts(self) -> list[slice]:
         count = self.weight.shape[0]
@@ -130,7 +135,10 @@ class Job:
         whole = self.whole(mse) if self.config.scope == "per_tensor" else None
         for part in self.parts():
             w = work.cast(weight, part)
-            amax = work.row_amax(w) if whole is None else whole.expand(w.shape[0], 1)
+            if whole is not None:
+                amax = whole.expand(w.shape[0], 1)
+            else:
+                amax = work.row_amax(w) if self.ranges is None else self.ranges.amax_of(part, work)
             if mse and whole is None:
                 amax = _mse_amax(w, amax, self)
             scale = self.scale(amax)
@@ -186,7 +194,8 @@ class Job:
         # The error is against what the source holds, also where it was cast to bf16 or smoothed first.
         changed = self.work.undoes or self.rule.arithmetic in ("bf16", "torchao")
         original = self.weight[part] if changed else w
-        self.work.errors(q, self.scales[part], original, part, self.lost, self.norm, self.made)
+        norm = None if self.ranges is None else self.ranges.norm_of(part)
+        self.work.errors(q, self.scales[part], original, part, self.lost, self.norm, self.made, norm)
 
     def errors(self) -> tuple[float, float]:
         """(relative error, cosine) over the whole matrix."""
@@ -261,9 +270,13 @@ class Tile:
         return torch.maximum(high, low.neg_(), out=high)
 
     def errors(
-        self, q: Tensor, scale: Tensor, w: Tensor, part: slice, lost: Tensor, norm: Tensor, made: Tensor | None = None
-    ) -> None:
-        """Row norms of w - q·s (smoothing undone), w and q·s, in fp32, into [part] of the three. Overwrites q."""
+        self, q: Tensor, scale: Tensor, w: Tensor, part: slice, lost: Tensor, norm: Tensor, made: Tensor | None = None,
+        known: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Row norms of w - q·s (smoothing undone), w and q·s, in fp32, into [part] of the three. Overwrites q.
+
+        known: those of w [part], where somebody has them already.
+        """
         wide = self.wide[: q.shape[0]]
         if wide.data_ptr() != q.data_ptr():
             wide.copy_(q)
@@ -271,9 +284,42 @@ class Tile:
         if made is not None:
             torch.linalg.vector_norm(self.undone(wide, part) if self.undoes else wide, dim=1, out=made[part])
         torch.linalg.vector_norm(wide.sub_(w), dim=1, out=lost[part])
+        if known is not None:
+            norm[part] = known
+            return
         if w.dtype != torch.float32:
             w = wide.copy_(w)
         torch.linalg.vector_norm(w, dim=1, out=norm[part])
+
+
+class RowRanges:
+    """max |row| and norm of every row of a weight [out, in], for several schemes that are made of it at once.
+
+    Those of a tile are worked out by the first that asks, while the others wait: the very numbers that each would find.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        count, device = weight.shape[0], weight.device
+        self._weight = weight
+        self._amax = torch.empty(count, 1, dtype=weight.dtype, device=device)
+        self._norm = torch.empty(count, dtype=torch.float32, device=device)
+        self._known: set[tuple[int, int]] = set()
+        self._lock = Lock()
+
+    def amax_of(self, part: slice, work: Tile) -> Tensor:
+        """[rows, 1] in work's dtype, to be changed at will. Rounding keeps the order: it may come after the search."""
+        with self._lock:
+            if (part.start, part.stop) not in self._known:
+                rows = self._weight[part]
+                torch.maximum(rows.amax(dim=1, keepdim=True), -rows.amin(dim=1, keepdim=True), out=self._amax[part])
+                wide = rows if rows.dtype == torch.float32 else work.wide[: rows.shape[0]].copy_(rows)
+                torch.linalg.vector_norm(wide, dim=1, out=self._norm[part])
+                self._known.add((part.start, part.stop))
+        return self._amax[part].to(work.dtype, copy=True)
+
+    def norm_of(self, part: slice) -> Tensor:
+        """[rows] fp32, of a part whose amax was asked for."""
+        return self._norm[part]
 
 
 def stored_scale(amax: Tensor, rule: Rule, qmax: float) -> Tensor:
