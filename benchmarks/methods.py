@@ -1,6 +1,6 @@
 """What each quantization method is worth, by the error of the whole transformer's output against the float model's.
 
-    python benchmarks/methods.py [--model tests/data/toy_wan] [--samples 16] [--markdown]
+    python benchmarks/methods.py [--model tests/assets/toy_wan] [--samples 16] [--markdown]
 
 Calibrates on one trajectory and judges on another (other prompts, another seed): every row of the table quantizes all
 blocks, runs the judging inputs through the quantized blocks one after another, and compares what comes out of the last
@@ -307,7 +307,7 @@ class _Seen:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT / "tests" / "data" / "toy_wan")
+    parser.add_argument("--model", type=Path, default=ROOT / "tests" / "assets" / "toy_wan")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--markdown", action="store_true", help="a table instead of JSON")
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """What SVDQuant and its parts are worth, by the error of the whole transformer's output; time and memory beside it.
 
-    python benchmarks/svdquant.py [--model tests/data/toy_wan] [--samples 16] [--markdown] [--json FILE]
+    python benchmarks/svdquant.py [--model tests/assets/toy_wan] [--samples 16] [--markdown] [--json FILE]
 
 Calibrates on one trajectory and judges on another (other prompts, another seed), on the model as trained and with
 outlier channels put in, as `methods.py` does. The reference is the model in fp32; every row's blocks run one after
@@ -282,7 +282,7 @@ def main() -> int:
         worker(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))
         return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT / "tests" / "data" / "toy_wan")
+    parser.add_argument("--model", type=Path, default=ROOT / "tests" / "assets" / "toy_wan")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--rows", help="only rows whose names match this regular expression")
     parser.add_argument("--markdown", action="store_true", help="a table instead of JSON")

@@ -7,6 +7,7 @@ that begins with `error: `. Torch is imported only once there is work for it.
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import json
 import re
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
     from streamq.calibration.prepare import CalibJob
     from streamq.calibration.store import CalibSet
     from streamq.plan import Plan
+
+# Command -> its package, whose `command` module has its options, and what it is for.
+VIDEO_COMMANDS = {
+    "generate": ("generation", "make videos with a float or a quantized model, its transformer streamed"),
+    "eval": ("evaluation", "compare videos pair by pair: float and quantized, same prompt and seed"),
+    "analyze": ("analysis", "how much each layer and block loses by type, and a recipe that follows from it"),
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,7 +76,13 @@ def _parser() -> argparse.ArgumentParser:
     for command in (inspect, verify, recipes):
         command.add_argument("--json", action="store_true", help="one JSON object on stdout")
         command.add_argument("--debug", action="store_true", help="show tracebacks")
+    for name, about in VIDEO_COMMANDS.items():
+        _video_command(name).add_options(commands.add_parser(name, help=about[1], allow_abbrev=False))
     return parser
+
+
+def _video_command(name: str) -> Any:
+    return importlib.import_module(f"streamq.{VIDEO_COMMANDS[name][0]}.command")
 
 
 def _add_quant_options(parser: argparse.ArgumentParser) -> None:
@@ -351,6 +365,11 @@ def _recipes(args: argparse.Namespace) -> int:
     return 0
 
 
+def _video(args: argparse.Namespace) -> int:
+    _import_torch()
+    return int(_video_command(args.command).run(args))
+
+
 COMMANDS = {
     "quant": _quant,
     "plan": _plan,
@@ -358,6 +377,7 @@ COMMANDS = {
     "inspect": _inspect,
     "verify": _verify,
     "recipes": _recipes,
+    **dict.fromkeys(VIDEO_COMMANDS, _video),
 }
 
 

@@ -24,7 +24,7 @@ from streamq.errors import UsageError
 from streamq.quantized import Scheme
 from streamq.savers import SaveOptions, Spec, nunchaku, nunchaku_contents
 
-TOY = Path(__file__).parent / "data" / "toy_wan" / "transformer"
+TOY = Path(__file__).parent / "assets" / "toy_wan" / "transformer"
 RANK_32 = scheme("w4a4", "svdquant", 32)
 CONFIG, INDEX = "config.json", "diffusion_pytorch_model.safetensors.index.json"
 

@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamq.calibration.media import TORCH_DTYPES, open_picture, read_image, read_rows, require
+from streamq.calibration.media import TORCH_DTYPES, open_picture, read_image, read_rows
 from streamq.calibration.settings import TEXT_LEN
 from streamq.checkpoint import Checkpoint, Source, load_json, open_checkpoint
 from streamq.errors import RunError, UsageError
+from streamq.extras import require
 
 if TYPE_CHECKING:
     import torch

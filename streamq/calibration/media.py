@@ -5,7 +5,6 @@ PyAV and Pillow are imported where they are used: a run without pictures needs n
 
 from __future__ import annotations
 
-import importlib
 import io
 from collections.abc import Iterator
 from contextlib import closing
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamq.checkpoint import Checkpoint, Source, TensorInfo, read_header
 from streamq.errors import UsageError
+from streamq.extras import require
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,14 +25,6 @@ FRAME_RATE = 16  # frames a second of what Wan was trained on and makes
 OPEN_OPTIONS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,gif", "protocol_whitelist": "file"}
 TORCH_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 NEGATIVE = "negative"  # the text state of the empty, or negative, prompt
-
-
-def require(module: str, why: str) -> Any:
-    """Import an optional package. Raises UsageError that says how to get it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UsageError(f'{why} needs {module.split(".")[0]} ({error}); pip install "streamq[calib]"') from error
 
 
 def list_clips(path: Path) -> list[Path]:

@@ -1,0 +1,1 @@
+"""Videos from a float or a quantized model, with the transformer streamed."""
