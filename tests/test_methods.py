@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from methods_kit import EVERY, PAIRS, edges, raw
 from methods_kit import scheme as scheme_of
 
-from streamq.methods import METHODS, int8
+from streamq.methods import METHODS, RANGED, int8
 from streamq.methods import smooth as smoothing
 from streamq.methods.activation import fake_quantize, static_input
 from streamq.methods.report import compare, output_error
@@ -405,3 +405,23 @@ def test_output_error_is_that_of_every_types_product(kind: str, monkeypatch: pyt
     error, cosine = output_error(x, w, layer, act)
     assert error == pytest.approx(float((made - y).norm() / y.norm()), rel=1e-3)
     assert cosine == pytest.approx(float((made * y).sum() / made.norm() / y.norm()), abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [(), (11,)], ids=["finite", "with NaN and Inf"])
+def test_schemes_that_share_row_ranges_find_what_each_finds_alone(
+    dtype: torch.dtype, rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamq.methods.int8.CPU_TILE_BYTES", 4 * 128 * 7)  # 40 rows: six tiles, the last one short
+    weight = edges(dtype=dtype)
+    for row in rows:
+        weight[row, 3], weight[row + 1, 5] = float("nan"), float("inf")
+    ranges = int8.RowRanges(weight)
+    for kind, rule, method, ext in EVERY:
+        if kind not in RANGED:
+            continue
+        wanted = scheme_of(kind, rule, method, **ext)
+        alone, shared = METHODS[kind](weight, None, wanted), METHODS[kind](weight, None, wanted, ranges=ranges)
+        for a, b in ((alone.codes, shared.codes), (alone.scales, shared.scales)):
+            assert torch.equal(raw(a), raw(b)), (kind, rule)
+        assert repr((alone.rel_error, alone.cosine)) == repr((shared.rel_error, shared.cosine)), (kind, rule)
