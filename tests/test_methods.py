@@ -422,6 +422,8 @@ def test_schemes_that_share_row_ranges_find_what_each_finds_alone(
             continue
         wanted = scheme_of(kind, rule, method, **ext)
         alone, shared = METHODS[kind](weight, None, wanted), METHODS[kind](weight, None, wanted, ranges=ranges)
+        sound = alone.scales.squeeze(1).isfinite()  # the others end the run
+        assert torch.equal(sound, shared.scales.squeeze(1).isfinite()) and int((~sound).sum()) == 2 * len(rows)
         for a, b in ((alone.codes, shared.codes), (alone.scales, shared.scales)):
-            assert torch.equal(raw(a), raw(b)), (kind, rule)
+            assert torch.equal(raw(a[sound]), raw(b[sound])), (kind, rule)
         assert repr((alone.rel_error, alone.cosine)) == repr((shared.rel_error, shared.cosine)), (kind, rule)
