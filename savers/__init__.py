@@ -180,6 +180,13 @@ class Format(Protocol):
     def unpack(self, tensors: Mapping[str, Tensor]) -> QuantizedLinear | None:
         """A layer whose codes share bytes, as the record that was packed; None where the format packs nothing."""
 
+    def record(self, tensors: Mapping[str, Tensor], kind: str) -> QuantizedLinear:
+        """A layer's tensors (by suffix), on any device, as the record that was written; `kind` as `layers_in` says.
+
+        Codes, scales and bias share the tensors' memory where they lie there as they are. Smoothing that lies in other
+        tensors is not known here. Raises KeyError for a missing tensor, RuntimeError or ValueError for a wrong one.
+        """
+
     def bias(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """The layer's bias [out] among them, in order, of any float dtype."""
 

@@ -21,6 +21,7 @@ from streamq.savers.diffusers_model import metadata_of
 from streamq.savers.plain import bias as bias
 from streamq.savers.plain import encode_vector as encode_vector
 from streamq.savers.plain import float_shape as float_shape
+from streamq.savers.plain import record_of
 from streamq.savers.plain import root_documents as root_documents
 from streamq.savers.plain import rotation_specs as rotation_specs
 from streamq.savers.plain import unpack as unpack
@@ -341,3 +342,12 @@ def decode(tensors: Mapping[str, Tensor]) -> Callable[[slice], Tensor]:
         return unrotate(made, size) if size else made
 
     return rows
+
+
+def record(tensors: Mapping[str, Tensor], kind: str) -> QuantizedLinear:
+    """Codes as they are, one scale repeated for every row, the rotation that the JSON says."""
+    weight, scale = tensors["weight"], tensors["weight_scale"].float()
+    scales = scale.reshape(-1, 1).expand(weight.shape[0], 1).contiguous()
+    made = record_of(kind, weight, scales, tensors.get("bias"))
+    made.rotation = _turned(_note_of({"comfy_quant": tensors["comfy_quant"].cpu()}))
+    return made

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamq.checkpoint import read_header
 from streamq.errors import UsageError
-from streamq.quantized import QuantizedLinear, Rule, Scheme
+from streamq.quantized import QuantizedLinear, Rule, Scheme, StaticInput
 from streamq.savers import Document, SaveOptions, Schemes, Spec
 from streamq.savers import diffusers_contents as contents
 from streamq.savers.diffusers_contents import ACT_SCALE, PRE_SCALE, QDATA, SCALE, ZERO
@@ -26,6 +26,7 @@ from streamq.savers.diffusers_model import STEM, config_of, described, program, 
 from streamq.savers.plain import bias as bias
 from streamq.savers.plain import encode_vector as encode_vector
 from streamq.savers.plain import float_shape as float_shape
+from streamq.savers.plain import record_of
 from streamq.savers.plain import root_documents as root_documents
 from streamq.savers.plain import rotation_specs as rotation_specs
 from streamq.savers.plain import unpack as unpack
@@ -241,3 +242,13 @@ def decode(tensors: Mapping[str, Tensor]) -> Callable[[slice], Tensor]:
         return weight * tensors[PRE_SCALE].float() if PRE_SCALE in tensors else weight
 
     return rows
+
+
+def record(tensors: Mapping[str, Tensor], kind: str) -> QuantizedLinear:
+    """Codes as they are; the fixed range and the scale of the input where there are such."""
+    made = record_of(kind.removesuffix("_smooth"), tensors[QDATA], tensors[SCALE].float(), tensors.get("bias"))
+    if ACT_SCALE in tensors:
+        made.static = StaticInput(float(tensors[ACT_SCALE].flatten()[0]), 0.0)
+    if PRE_SCALE in tensors:
+        made.smooth = tensors[PRE_SCALE].float().reciprocal()
+    return made

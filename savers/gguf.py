@@ -27,6 +27,7 @@ from streamq.savers import Document, SaveOptions, Schemes, Spec, gguf_file
 from streamq.savers.plain import bias as bias
 from streamq.savers.plain import encode_vector as encode_vector
 from streamq.savers.plain import float_shape as float_shape
+from streamq.savers.plain import record_of
 from streamq.savers.plain import root_documents as root_documents
 from streamq.savers.plain import rotation_specs as rotation_specs
 from streamq.savers.plain import unpack as unpack
@@ -307,3 +308,15 @@ def decode(tensors: Mapping[str, Tensor]) -> Callable[[slice], Tensor]:
         return (scales.unsqueeze(2) * (codes - middle).float()).flatten(1)
 
     return rows
+
+
+def record(tensors: Mapping[str, Tensor], kind: str) -> QuantizedLinear:
+    """Codes and scales of `weight`, uint8 [out, in / 32, 34 or 18], which is unpacked."""
+    import torch
+
+    weight = tensors["weight"]
+    scales, codes = _unpacked(weight)
+    q8_0 = weight.shape[2] == BLOCK_SIZE["Q8_0"][1]
+    made = record_of("q8_0" if q8_0 else "q4_0", codes.to(torch.int8).flatten(1), scales, tensors.get("bias"))
+    made.zeros = None if q8_0 else scales * -8
+    return made

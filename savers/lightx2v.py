@@ -20,6 +20,7 @@ from streamq.savers import Document, SaveOptions, Schemes, Spec, lightx2v_config
 from streamq.savers.plain import bias as bias
 from streamq.savers.plain import float_shape as float_shape
 from streamq.savers.plain import metadata as metadata
+from streamq.savers.plain import record_of
 from streamq.savers.plain import rotation_specs as rotation_specs
 from streamq.savers.plain import unfit as unfit
 from streamq.savers.plain import unpack as unpack
@@ -294,3 +295,8 @@ def contradictions(tensors: Mapping[str, Tensor]) -> list[str]:
 def decode(tensors: Mapping[str, Tensor]) -> Callable[[slice], Tensor]:
     """codes · scale, float32 [out, in]."""
     return lambda rows: tensors["weight"][rows].float() * tensors["weight_scale"][rows].float()
+
+
+def record(tensors: Mapping[str, Tensor], kind: str) -> QuantizedLinear:
+    """Codes as they are, a scale a row."""
+    return record_of(kind, tensors["weight"], tensors["weight_scale"].float(), tensors.get("bias"))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streamq.errors import UsageError
-from streamq.quantized import QuantizedLinear, Rule, Scheme, e2m1_values
+from streamq.quantized import QuantizedLinear, Rule, Scheme, StaticInput, e2m1_values
 from streamq.savers import Document, SaveOptions, Schemes, Spec
 from streamq.savers.mindie_contents import (
     FLOAT,
@@ -34,6 +34,7 @@ from streamq.savers.mindie_contents import layers_in as layers_in
 from streamq.savers.mindie_contents import problems as problems
 from streamq.savers.plain import encode_vector as encode_vector
 from streamq.savers.plain import metadata as metadata
+from streamq.savers.plain import record_of
 from streamq.savers.plain import root_documents as root_documents
 from streamq.savers.plain import unfit as unfit
 from streamq.savers.plain import unpack as unpack
@@ -304,14 +305,21 @@ def decode(tensors: Mapping[str, Tensor]) -> Callable[[slice], Tensor]:
     return rows_of
 
 
-def _decode_mx(codes: Tensor, exponents: Tensor, mul: Tensor | None) -> Callable[[slice], Tensor]:
-    """Raises ValueError for an exponent too many or too few."""
+def _powers() -> Tensor:
+    """float32 [256]: what the bytes of a scale stand for."""
     import torch
 
     # 2^-127 is no normal float32: made in float64, so that it is not lost.
     powers = torch.exp2(torch.arange(256, dtype=torch.float64) - 127)
     powers[255] = float("nan")
-    powers = powers.float()
+    return powers.float()
+
+
+def _decode_mx(codes: Tensor, exponents: Tensor, mul: Tensor | None) -> Callable[[slice], Tensor]:
+    """Raises ValueError for an exponent too many or too few."""
+    import torch
+
+    powers = _powers()
 
     def rows_of(rows: slice) -> Tensor:
         part = codes[rows]
@@ -332,3 +340,28 @@ def _decode_mx(codes: Tensor, exponents: Tensor, mul: Tensor | None) -> Callable
 def bias(tensors: Mapping[str, Tensor]) -> Tensor | None:
     """As it is."""
     return tensors.get(f"{LINEAR}.bias", tensors.get("bias"))
+
+
+def record(tensors: Mapping[str, Tensor], kind: str) -> QuantizedLinear:
+    """Codes as they are (mxfp4: unpacked), scales by type, the scale of the input where the layer carries one.
+
+    A static layer's bias is the float one, not quant_bias, which differs by up to half a step of the product.
+    """
+    import torch
+
+    below = f"{LINEAR}." if f"{LINEAR}.weight" in tensors else ""
+    codes, kind, static = tensors[f"{below}weight"], kind.removesuffix("_smooth"), None
+    if kind == "w8a8_static":
+        scale = tensors[f"{below}input_scale"]
+        static = StaticInput(float(scale), float(tensors[f"{below}input_offset"]))
+        scales = (tensors[f"{below}deq_scale"] / scale).unsqueeze(1)
+    elif kind in MX_TYPES:
+        scales = _powers().to(codes.device)[tensors[f"{below}weight_scale"].int()]
+        if codes.dtype == torch.uint8:
+            codes = torch.stack([codes & 15, codes >> 4], dim=2).flatten(1).to(torch.int8)
+    else:
+        scales = tensors[f"{below}weight_scale"].float()
+    made = record_of(kind, codes, scales, bias(tensors))
+    made.static = static
+    made.smooth = tensors[MUL_SCALE].float().reciprocal() if below else None
+    return made

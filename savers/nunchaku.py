@@ -405,3 +405,8 @@ def unpack(tensors: Mapping[str, Tensor]) -> QuantizedLinear:
         scheme, codes, scales, bias(tensors), torch.bfloat16, math.nan, math.nan,
         smooth=smooth, zeros=zeros, tensor_scale=whole, low_rank=low_rank,
     )  # fmt: skip
+
+
+def record(tensors: Mapping[str, Tensor], kind: str) -> QuantizedLinear:
+    """As `unpack`, which tells the type by the tensors."""
+    return unpack(tensors)

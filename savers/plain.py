@@ -5,10 +5,12 @@ A format imports those that are true of it, by the names that `savers.Format` ha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from streamq.quantized import QuantizedLinear, Scheme
+from streamq.pairs import pair_of
+from streamq.quantized import QuantizedLinear, Rule, Scheme
 from streamq.savers import Document, SaveOptions, Schemes, Spec
 from streamq.wan import Linear, Model
 
@@ -59,3 +61,11 @@ def unpack(tensors: Mapping[str, Tensor]) -> QuantizedLinear | None:
 def bias(tensors: Mapping[str, Tensor]) -> Tensor | None:
     """A layer's bias lies there as it is."""
     return tensors.get("bias")
+
+
+def record_of(kind: str, codes: Tensor, scales: Tensor, bias: Tensor | None) -> QuantizedLinear:
+    """A layer as it was read back: of its recipe only the type is known, its errors are NaN."""
+    import torch
+
+    scheme = Scheme(kind, pair_of(kind), Rule())
+    return QuantizedLinear(scheme, codes, scales, bias, torch.bfloat16, math.nan, math.nan)

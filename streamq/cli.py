@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from streamq import __version__
+from streamq import __version__, preview
 from streamq.errors import RunError, StreamqError, UsageError, nearest
 from streamq.options import QuantOptions, parse_lora, parse_size
 
@@ -114,6 +114,7 @@ def _add_quant_options(parser: argparse.ArgumentParser) -> None:
     add("--max_device_memory", metavar="SIZE", help="budget, e.g. 4GiB")
     add("--calib", type=Path, help="calibration inputs made by streamq calib; without it a recipe makes its own")
     _add_lora_option(parser, "merged into the weights before they are quantized; EXPERT: high_noise_model or low_…")
+    preview.add_options(parser)
     add("--match", help="msmodelslim or lightx2v: that tool's arithmetic, byte for byte (default: fp32)")
     add(
         "--read_ahead",
@@ -205,6 +206,7 @@ def _quant(args: argparse.Namespace) -> int:
     from streamq.planner import make_plan
 
     options = _options(args)
+    preview.check(args, options)
     plan = make_plan(options, download=True)
     if not options.quiet and not options.json:
         display.show_plan(plan)
@@ -212,11 +214,20 @@ def _quant(args: argparse.Namespace) -> int:
     doomed = sorted(path.name for path in discardable(options.save_path)) if options.overwrite else []
     if doomed:
         display.warn([f"--overwrite discards {len(doomed)} files in {options.save_path}: {', '.join(doomed[:5])}"])
-    return _run(plan)
+    figures = _run(plan)
+    if figures is None:
+        return 130
+    if args.preview:
+        figures["report"] = str(preview.show(args, options, [target.name for target in plan.targets]))
+    if options.json:
+        print(json.dumps(figures, indent=1))
+    elif args.preview:
+        print(f"compared with the float model: {figures['report']}")
+    return 0
 
 
-def _run(plan: Plan) -> int:
-    """Everything from here on needs torch."""
+def _run(plan: Plan) -> dict[str, Any] | None:
+    """What was done; None: interrupted. Everything from here on needs torch."""
     from streamq import display
 
     torch = _import_torch()
@@ -231,26 +242,20 @@ def _run(plan: Plan) -> int:
     except KeyboardInterrupt:
         how = "the same command resumes" if options.resume else "the same command without --no_resume resumes"
         print(f"error: interrupted; what is committed in {options.save_path} is kept, {how}", file=sys.stderr)
-        return 130
+        return None
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise RunError(
             f"out of memory ({' '.join(str(error).split())[:200]}); committed blocks are kept: run the same command"
             " with --read_ahead 0, or a smaller --max_host_memory or --max_device_memory"
         ) from error
     if manifest is None:
-        figures: dict[str, Any] = {"status": "already done", "save_path": str(options.save_path), "plan": plan.hash}
-        print(
-            json.dumps(figures, indent=1)
-            if options.json
-            else f"already done: {options.save_path} is complete and intact"
-        )
-        return 0
+        if not options.json:
+            print(f"already done: {options.save_path} is complete and intact")
+        return {"status": "already done", "save_path": str(options.save_path), "plan": plan.hash}
     figures = display.summary(plan, manifest, device, time.monotonic() - began)
-    if options.json:
-        print(json.dumps(figures, indent=1))
-    elif not options.quiet:
+    if not options.json and not options.quiet:
         display.show_summary(figures)
-    return 0
+    return figures
 
 
 def _calib(args: argparse.Namespace) -> int:
@@ -366,8 +371,11 @@ def _recipes(args: argparse.Namespace) -> int:
 
 
 def _video(args: argparse.Namespace) -> int:
-    _import_torch()
-    return int(_video_command(args.command).run(args))
+    try:
+        return int(_video_command(args.command).run(args))
+    except ImportError:  # they import torch once there is work for it
+        _import_torch()
+        raise
 
 
 COMMANDS = {

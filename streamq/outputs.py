@@ -124,7 +124,7 @@ def _model(model: wan.Model, version: str | None) -> dict[str, Any]:
     }
 
 
-def _recorded(path: Path, output: Output) -> dict[str, str]:
+def recorded(path: Path, output: Output) -> dict[str, str]:
     """Layer -> type by the manifest, which knows of scales that are folded into other tensors."""
     document = manifest(path)
     made = document["formats"].get(output.format_name, {}).get("layers", {}) if document else {}
@@ -149,7 +149,7 @@ def _inspect_output(path: Path, found: list[Output]) -> dict[str, Any]:
         experts.append(wan.Expert(output.expert, model))
         inside = {linear.native for linear in model.linears}
         layers |= {shown + name: kind for name, kind in kinds.items() if name in inside}
-        layers |= {shown + name: kind for name, kind in _recorded(path, output).items() if name in kinds}
+        layers |= {shown + name: kind for name, kind in recorded(path, output).items() if name in kinds}
         dtypes.update(info.dtype for info in checkpoint.tensors.values())
         files += [prefix + file.name for file in checkpoint.files]
         size += sum(file.size for file in checkpoint.files)

@@ -49,6 +49,12 @@ _TYPES = {
 }
 
 
+def pair_of(kind: str) -> Pair:
+    """The plainest pair of a type: what a folder tells of a layer, whose recipe it does not hold."""
+    scope, act, whole, weight = next(key for key, found in _TYPES.items() if found == kind)
+    return Pair(QConfig(scope or "per_tensor", act), QConfig(whole, weight))
+
+
 # (activation's, weight's dtype) of pairs that no runtime has -> what to take instead.
 _INSTEAD = {
     ("int8", "int4"): "w4a8: take w8a8 (int8 per_channel weights), or w4a4_mxfp4 (mxfp4 per_block both) for 4-bit ones",

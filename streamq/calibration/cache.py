@@ -132,6 +132,21 @@ class Cache:
                 position += len(view)
         sums[sample] = crc
 
+    def written(self, stream: str, sample: int) -> Tensor:
+        """A slot that `write` has had since `begin`, on the device; before `sync`. Raises RunError."""
+        name, descriptor, _ = self._begun[stream]
+
+        def read(start: int, into: memoryview) -> None:
+            with disk_errors(self.folder / name):
+                done = 0
+                while done < len(into):
+                    count = os.preadv(descriptor, [into[done:]], sample * self.nbytes + start + done)
+                    if count == 0:
+                        raise RunError(f"{self.folder / name}: ends early; run the same command again")
+                    done += count
+
+        return self._loaded(read)
+
     def sync(self) -> State:
         """Bring the new generation to the disk; returns what the journal is to say.
 

@@ -138,6 +138,23 @@ def encode_texts(parts: Parts, texts: Sequence[str], device: torch.device, dtype
     return [pieces[text].clone() for text in cleaned]
 
 
+@contextmanager
+def text_encoder(parts: Parts, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Any, Any]]:
+    """The tokenizer and the whole UMT5EncoderModel, in memory for as long as the `with` block. Raises UsageError."""
+    transformers = require("transformers", "text encoding")
+    folder = _need(parts.text_encoder, parts, "text_encoder", "--text_embeds")
+    words = _need(parts.tokenizer, parts, "tokenizer", "--text_embeds")
+    here = {"local_files_only": True}
+    tokenizer = _loaded(words, lambda: transformers.AutoTokenizer.from_pretrained(words, **here))
+    kind, how = transformers.UMT5EncoderModel, here | {"use_safetensors": True, "dtype": dtype}
+    model = _loaded(folder, lambda: kind.from_pretrained(folder, **how)).to(device).eval()
+    try:
+        yield tokenizer, model
+    finally:
+        model = None
+        _release(device)
+
+
 def _tokenize(folder: Path, texts: list[str]) -> list[list[int]]:
     auto = require("transformers", "text encoding").AutoTokenizer
     tokenizer = _loaded(folder, lambda: auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
@@ -284,6 +301,11 @@ class LatentCodec:
         self.z_dim = int(config.z_dim)
         self._mean = torch.tensor(config.latents_mean).view(1, self.z_dim, 1, 1, 1).to(device)
         self._inverse = 1.0 / torch.tensor(config.latents_std).view(1, self.z_dim, 1, 1, 1).to(device)
+
+    @property
+    def vae(self) -> Any:
+        """diffusers' AutoencoderKLWan itself."""
+        return self._vae
 
     def encode(self, video: Tensor) -> Tensor:
         """[3, F, H, W] in -1..1 -> latents [C, f, h, w], normalised, the distribution's mode."""

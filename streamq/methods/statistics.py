@@ -80,6 +80,7 @@ class InputStatistics:
 
     columns_lo, columns_hi: [K] fp32, min(0, min) and max(0, max) of each channel over all rows so far. gram: [K, K]
     fp32 sum of x^T x over `gram_count` rows, or None. rows: [m, K] in x's dtype, m <= wanted.rows. histogram: or None.
+    sample_amax: [n_samples] fp32, max |x| of each sample, 0 of those to come.
     NaN and Inf stay visible in `amax`; they enter neither histogram nor anything that needs it.
     """
 
@@ -88,6 +89,7 @@ class InputStatistics:
         self.samples = self.count = self.gram_count = self._filled = 0
         self.columns_lo = torch.zeros(columns, device=device)
         self.columns_hi = torch.zeros(columns, device=device)
+        self.sample_amax = torch.zeros(n_samples, device=device)
         self.gram = torch.zeros(columns, columns, device=device) if wanted.gram else None
         self.histogram = Histogram(device) if wanted.histogram else None
         self._mean = torch.zeros(columns, device=device) if wanted.mean else None
@@ -134,6 +136,7 @@ class InputStatistics:
         high, low = x.amax(dim=0).float(), x.amin(dim=0).float()
         torch.maximum(self.columns_hi, high, out=self.columns_hi)
         torch.minimum(self.columns_lo, low, out=self.columns_lo)
+        self.sample_amax[number] = torch.maximum(high, -low).amax()
         self.count += length
         if self._mean is not None:
             self._add_mean(x)

@@ -14,9 +14,12 @@ D: width; L: latent tokens; S: text tokens (512), behind 257 or 514 image tokens
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -164,6 +167,12 @@ def _assign(module: nn.Module, prefix: str, tensors: Mapping[str, Tensor], dtype
     module.load_state_dict(state, strict=True, assign=True)
 
 
+def _put_in(module: nn.Module, prefix: str, layers: Mapping[str, nn.Module]) -> None:
+    """Replace linear layers, by their diffusers names below `prefix`."""
+    for name, layer in layers.items():
+        module.set_submodule(name.removeprefix(prefix), layer)
+
+
 class BlockRunner:
     """One block's weights at a time, in a module that is used for every block of its kind.
 
@@ -200,6 +209,13 @@ class BlockRunner:
         module = self.module(unit)
         _assign(module, f"{unit}.", tensors, self.dtype, self.device)
         self.unit = unit
+        return module
+
+    def make(self, unit: str, tensors: Mapping[str, Tensor], layers: Mapping[str, nn.Module]) -> nn.Module:
+        """A block's module for itself, with weights as in `fill`; `layers`: what stands for its linears, by name."""
+        module = copy.deepcopy(self.module(unit))  # on the meta device: no weight is copied
+        _put_in(module, f"{unit}.", layers)
+        _assign(module, f"{unit}.", tensors, self.dtype, self.device)
         return module
 
     @torch.no_grad()
@@ -258,6 +274,59 @@ class _Gate(nn.Module):
         return self.hidden
 
 
+def _outside(
+    model: Model, tensors: Mapping[str, Tensor], layers: Mapping[str, nn.Module], dtype: torch.dtype,
+    device: torch.device,
+) -> Any:  # fmt: skip
+    """diffusers' model without blocks, its other weights in it. Raises UsageError for a model that does not fit."""
+    config = diffusers_config(model)
+    module: Any = _empty_model(config, 1, [0])
+    module.blocks = nn.ModuleList()
+    if model.family == "vace":
+        module.vace_blocks = nn.ModuleList()
+    # Tables, not weights: computed on the host for every device, as from_pretrained does; fp32 in any dtype.
+    rope = (config["attention_head_dim"], config["patch_size"], config["rope_max_seq_len"])
+    with torch.device("cpu"):
+        module.rope = type(module.rope)(*rope).eval()
+    _check_names(model, "rest", module.state_dict())
+    _put_in(module, "", layers)
+    _assign(module, "", tensors, dtype, device)
+    module.rope.to(device)
+    return module
+
+
+class _Called(nn.Module):
+    """In the place of a block: asks for its module whenever it is called."""
+
+    def __init__(self, module: Callable[[], AbstractContextManager[nn.Module]]) -> None:
+        super().__init__()
+        self._made = module
+
+    def forward(self, *received: Any) -> Any:
+        with self._made() as module:
+            return module(*received)
+
+
+def streamed_model(
+    model: Model, tensors: Mapping[str, Tensor], layers: Mapping[str, nn.Module], dtype: torch.dtype,
+    device: torch.device, borrow: Callable[[str], AbstractContextManager[nn.Module]],
+) -> nn.Module:  # fmt: skip
+    """diffusers' whole model, for its pipelines to call, whose blocks `borrow(unit)` lends for the time of a call.
+
+    tensors, layers: of what lies outside blocks, by diffusers name: weights, and what stands for linear layers.
+    Raises UsageError for a model that diffusers' class does not fit.
+    """
+    module = _outside(model, tensors, layers, dtype, device)
+    config = diffusers_config(model)
+    settings = {"num_layers": model.n_blocks} | {key: config[key] for key in ("vace_layers",) if key in config}
+    module.register_to_config(**settings)
+    module.blocks = nn.ModuleList([_Called(partial(borrow, f"blocks.{i}")) for i in range(model.n_blocks)])
+    if model.family == "vace":
+        units = [f"vace_blocks.{i}" for i in range(model.n_vace_blocks)]
+        module.vace_blocks = nn.ModuleList([_Called(partial(borrow, unit)) for unit in units])
+    return module
+
+
 class Shell:
     """Embeddings, rotary tables and head: diffusers' forward without blocks. Batch 1, as everywhere in a replay.
 
@@ -272,20 +341,10 @@ class Shell:
         self.dtype = dtype
         self.device = torch.device(device)
         self._vace = model.family == "vace"
-        config = diffusers_config(model)
-        self._config = config
-        module: Any = _empty_model(config, 1, [0])
-        module.blocks = nn.ModuleList()
+        self._config = diffusers_config(model)
+        module = _outside(model, tensors, {}, dtype, self.device)
         if self._vace:
-            module.vace_blocks = nn.ModuleList()
             module.register_to_config(vace_layers=[])  # what forward goes by: no block, so no hints to wait for
-        # Tables, not weights: computed on the host for every device, as from_pretrained does; fp32 in any dtype.
-        rope = (config["attention_head_dim"], config["patch_size"], config["rope_max_seq_len"])
-        with torch.device("cpu"):
-            module.rope = type(module.rope)(*rope).eval()
-        _check_names(model, "rest", module.state_dict())
-        _assign(module, "", tensors, dtype, self.device)
-        module.rope.to(self.device)
         self._module = module
 
     def stem(

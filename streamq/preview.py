@@ -1,0 +1,80 @@
+"""`quant --preview PROMPT`: one video by the float model and by what was just made, and the page that compares them.
+
+It is `streamq eval` with the run's own paths; nothing of it is done in another way.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from streamq.errors import UsageError
+from streamq.evaluation import command
+from streamq.extras import require
+from streamq.options import QuantOptions
+
+FOLDER = "preview"  # below SAVE_PATH
+PASSED_ON = ("size", "frame_num", "sample_steps")
+NEEDED = ("av", "cv2", "jinja2", "scipy", "transformers")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The option, and what a small machine wants smaller than the model's own."""
+    add = parser.add_argument
+    add("--preview", action="append", default=[], metavar="PROMPT", help="then make this video with the float model and"
+        " with the result, and SAVE_PATH/preview/report.html that compares them; may be repeated")  # fmt: skip
+    add("--preview_size", metavar="W*H", help="of these videos (default: the model's own)")
+    add("--preview_frame_num", type=int, metavar="N", help="their frames, 4n + 1")
+    add("--preview_sample_steps", type=int, metavar="N", help="their steps")
+
+
+def check(args: argparse.Namespace, options: QuantOptions) -> None:
+    """Raise UsageError for what would fail once the model is quantized: before anything is written."""
+    if not args.preview:
+        if stray := [name for name in PASSED_ON if getattr(args, f"preview_{name}") is not None]:
+            raise UsageError(f"--preview_{stray[0]}: goes with --preview PROMPT")
+        return
+    if options.lora:
+        raise UsageError("--preview: the float model is shown without LoRAs; use streamq generate on a merged model")
+    for module in NEEDED:
+        require(module, "--preview", "eval")
+    from streamq.calibration.settings import parse_video_size
+    from streamq.evaluation.evaluate import REFERENCE
+    from streamq.evaluation.make import names_of
+    from streamq.generation import GenerateSettings
+    from streamq.generation.prepare import prepare
+
+    names_of([options.save_path], "--save_path")
+    size = args.preview_size
+    prepare(
+        GenerateSettings(
+            model_path=options.model_path, save_path=options.save_path / FOLDER / REFERENCE, device=options.device,
+            prompts=tuple(args.preview), size=None if size is None else parse_video_size(size),
+            frame_num=args.preview_frame_num, sample_steps=args.preview_sample_steps,
+        )
+    )  # fmt: skip
+
+
+def show(args: argparse.Namespace, options: QuantOptions, formats: list[str]) -> Path:
+    """Make the videos, the tables and the page; returns the page. Raises UsageError, RunError."""
+    several = len(formats) > 1
+    folders = [options.save_path / name for name in formats] if several else [options.save_path]
+    given = _given(args, options, folders)
+    command.run(given)
+    return given.save_path / command.REPORT
+
+
+def _given(args: argparse.Namespace, options: QuantOptions, folders: list[Path]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_options(parser)
+    argv: list[Any] = ["--model_path", options.model_path, "--save_path", options.save_path / FOLDER]
+    for folder in folders:
+        argv += ["--transformer", folder]
+    for prompt in args.preview:
+        argv += [f"--prompt={prompt}"]
+    for name in PASSED_ON:
+        if (value := getattr(args, f"preview_{name}")) is not None:
+            argv += [f"--{name}", value]
+    argv += ["--device", options.device, *["--quiet"] * (options.quiet or options.json)]
+    return parser.parse_args([str(one) for one in argv])
