@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py [--model tests/assets/toy_wan] [--seeds 0,1] [--types w8a8:lightx2v,…] [--write]
 
-The same prompts and seeds for all; each row is a run of `quant`, `generate` and `eval` as a user would type them. The
+The same prompts and seeds for all; types that need data are calibrated on other prompts' denoising. Each row is a run of `quant`, `generate` and `eval` as a user would type them. The
 noise floor is the float model against itself, with its attention computed by another kernel (torch's plain one). The
 numbers are those of a small trained pipeline and say which type costs more, not how much a release loses.
 `--write` puts the table into docs/quality.md, between its markers.
@@ -31,12 +31,19 @@ PROMPTS = (
     "a yellow circle moving around over a gray background",
     "a purple triangle standing still over a brown background",
 )
+OTHER_PROMPTS = (  # for calibration: not those that are judged
+    "a green square moving left over a gray background",
+    "a white ring moving up over a black background",
+    "a blue triangle moving around over a navy background",
+    "a yellow square standing still over a brown background",
+)
 # Type, and the format whose runtime's arithmetic it is made and run in.
 TYPES = (
     "w8a16:diffusers", "w8a16:gguf", "w8a8:lightx2v", "w8a8:diffusers", "w8a8_convrot:comfyui", "w8a8_smooth:lightx2v",
     "w8a8_static:mindie", "fp8:lightx2v", "fp8:comfyui", "w8a8_mxfp8:mindie", "w4a16:nunchaku", "w4a16:gguf",
     "w4a4:nunchaku", "w4a4_nvfp4:nunchaku", "w4a4_mxfp4:mindie",
 )  # fmt: skip
+CALIBRATED = ("w8a8_smooth", "w8a8_static", "w4a4", "w4a4_nvfp4", "w4a16:nunchaku")
 COLUMNS = {
     "latent_rel_l2": "latents, relative L2", "latent_cos": "latents, cosine", "psnr_video": "PSNR, dB", "ssim": "SSIM",
     "mae": "mean difference of 255", "flicker": "flicker", "motion_series_dev": "motion differs by",
@@ -63,12 +70,16 @@ def measure(model: Path, folder: Path, types: list[str], seeds: str) -> tuple[di
     common = ["--model_path", str(model), "--prompts", str(prompts), "--seeds", seeds, *SETTINGS, "--device", "cpu"]
     with sdpa_kernel(SDPBackend.MATH):
         run("generate", *common, "--save_path", str(folder / "floor"), "--quiet")
+    given = [word for prompt in OTHER_PROMPTS for word in ("--prompt", prompt)]
+    run("calib", "--model_path", str(model), "--save_path", str(folder / "inputs"), "--mode", "trajectory", *given,
+        "--num_samples", "16", *SETTINGS[:4], "--device", "cpu", "--quiet")  # fmt: skip
     made, rows = [], {}
     for text in types:
         kind, form = text.split(":")
         place = folder / "models" / text.replace(":", "-")
+        inputs = ["--calib", str(folder / "inputs")] if kind in CALIBRATED or text in CALIBRATED else []
         run("quant", "--model_path", str(model), "--quant_type", kind, "--format", form, "--device", "cpu", "--quiet",
-            "--save_path", str(place))  # fmt: skip
+            "--save_path", str(place), *inputs)  # fmt: skip
         made += ["--transformer", str(place)]
         rows[place.name] = {"bytes": float(weights(place))}
     out = folder / "eval"
