@@ -2,9 +2,10 @@
 
     python benchmarks/quality.py [--model tests/assets/toy_wan] [--seeds 0,1] [--types w8a8:lightx2v,…] [--write]
 
-The same prompts and seeds for all; types that need data are calibrated on other prompts' denoising. Each row is a run of `quant`, `generate` and `eval` as a user would type them. The
-noise floor is the float model against itself, with its attention computed by another kernel (torch's plain one). The
-numbers are those of a small trained pipeline and say which type costs more, not how much a release loses.
+The same prompts and seeds for all; types that need data are calibrated on other prompts' denoising. Each row is a run
+of `quant`, `generate` and `eval` as a user would type them. The noise floor is the float model against itself, with its
+attention computed by another kernel (torch's plain one). The numbers are those of a small trained pipeline and say which
+type costs more, not how much a release loses.
 `--write` puts the table into docs/quality.md, between its markers.
 """
 
