@@ -4,8 +4,8 @@
 
 The same prompts and seeds for all; types that need data are calibrated on other prompts' denoising. Each row is a run
 of `quant`, `generate` and `eval` as a user would type them. The noise floor is the float model against itself, with its
-attention computed by another kernel (torch's plain one). The numbers are those of a small trained pipeline and say which
-type costs more, not how much a release loses.
+attention computed by another kernel (torch's plain one). The numbers are those of a small trained pipeline and say
+which type costs more, not how much a release loses.
 `--write` puts the table into docs/quality.md, between its markers.
 """
 
@@ -42,9 +42,9 @@ OTHER_PROMPTS = (  # for calibration: not those that are judged
 TYPES = (
     "w8a16:diffusers", "w8a16:gguf", "w8a8:lightx2v", "w8a8:diffusers", "w8a8_convrot:comfyui", "w8a8_smooth:lightx2v",
     "w8a8_static:mindie", "fp8:lightx2v", "fp8:comfyui", "w8a8_mxfp8:mindie", "w4a16:nunchaku", "w4a16:gguf",
-    "w4a4:nunchaku", "w4a4_nvfp4:nunchaku", "w4a4_mxfp4:mindie",
+    "w4a4:nunchaku", "w4a4_mxfp4:mindie",
 )  # fmt: skip
-CALIBRATED = ("w8a8_smooth", "w8a8_static", "w4a4", "w4a4_nvfp4", "w4a16:nunchaku")
+CALIBRATED = ("w8a8_smooth", "w8a8_static", "w4a4", "w4a4_nvfp4", "w4a4_fast", "w4a16:nunchaku")
 COLUMNS = {
     "latent_rel_l2": "latents, relative L2", "latent_cos": "latents, cosine", "psnr_video": "PSNR, dB", "ssim": "SSIM",
     "mae": "mean difference of 255", "flicker": "flicker", "motion_series_dev": "motion differs by",

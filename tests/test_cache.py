@@ -29,6 +29,8 @@ from streamq.plan import DISK_RESERVE
 from streamq.planner import make_plan
 from streamq.wan.blocks import flow
 
+pytestmark = pytest.mark.xdist_group("cache")  # one process makes what all of them look at
+
 SET = ("--num_samples", "3", "--time_bins", "2", "--size", "64*64", "--frame_num", "5")
 
 
@@ -275,6 +277,7 @@ def test_a_cache_is_removed_by_a_data_free_run_too(kit: Kit, tmp_path: Path) -> 
     assert not (out / CACHE).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "other"),
     [

@@ -419,6 +419,7 @@ def test_interrupted(
     assert files_of(out) == files
 
 
+@pytest.mark.slow
 def test_killed(whole: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
     (source, files), out = whole, tmp_path / "set"
     code = """import os, signal, sys

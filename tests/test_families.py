@@ -114,6 +114,7 @@ def test_full_size_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["t2v-1.3B", "t2v-14B", "i2v-14B"])
 def test_real_width(tmp_path: Path, family: str) -> None:
     """One block of the released shapes; bf16, data as holes but for the 1.3B, which is real numbers."""

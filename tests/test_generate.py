@@ -110,6 +110,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_bits_of_every_family(tmp_path: Path, case: str) -> None:
     family, kind, given = CASES[case]

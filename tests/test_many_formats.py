@@ -56,6 +56,7 @@ def test_each_folder_is_that_of_a_run_for_it_alone(kind: str, family: str, tiny:
         assert files(together / form) == alone and len(alone) >= 2
 
 
+@pytest.mark.slow
 def test_data_free_beside_calibrated(tmp_path: Path) -> None:
     """The one knows nothing of the other's calibration: its card has no figures of outputs."""
     source, kind = tmp_path / "model", "w4a16"

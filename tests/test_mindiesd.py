@@ -117,6 +117,7 @@ def test_image_branch(make: Callable[..., Made]) -> None:
     assert set(report["quantized"]) == {f"blocks.{i}.{layer}" for i in range(2) for layer in layers}
 
 
+@pytest.mark.slow
 def test_two_experts(make: Callable[..., Made]) -> None:
     floats, save = make("t2v-A14B", layout="diffusers")
     for expert in ("high_noise_model", "low_noise_model"):
@@ -225,6 +226,7 @@ def check_calibrated(made: Calibrated, expert: str, dtype: str, tmp_path: Path) 
     return report["quantized"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "source"), [("t2v-1.3B", "fp32"), ("i2v-14B", "bf16")])
 @pytest.mark.parametrize("name", ["smooth", "static", "static-smooth"])
 def test_calibrated(tmp_path: Path, family: str, source: str, name: str) -> None:
@@ -235,6 +237,7 @@ def test_calibrated(tmp_path: Path, family: str, source: str, name: str) -> None
         assert set(found) == {f"blocks.{i}.{layer}" for i in range(2) for layer in layers}
 
 
+@pytest.mark.slow
 def test_calibrated_mixed_and_two_experts(tmp_path: Path) -> None:
     made = calibrated(tmp_path, "t2v-A14B", "mixed")
     for expert in made.model.experts:

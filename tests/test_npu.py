@@ -26,6 +26,8 @@ from streamq.device import STAGE_CHUNKS
 from streamq.methods.int8 import DEVICE_TILE_BYTES
 from streamq.plan import DEVICE_SCRATCH
 
+pytestmark = pytest.mark.xdist_group("npu")  # one process makes what all of them look at
+
 CHUNK = 1999
 TILE = 8192  # bytes: 32 rows of the tiny model's 64 columns, in fp32
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

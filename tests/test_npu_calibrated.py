@@ -51,6 +51,7 @@ def figures(folder: Path) -> dict[str, dict[str, Any]]:
     return made["layers"]
 
 
+@pytest.mark.slow
 def test_what_is_made_is_what_the_cpu_makes(tmp_path: Path) -> None:
     """Every family whose blocks are fed otherwise, every kind of method; layers are read ahead meanwhile.
 

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import synthetic
 from conftest import ROOT
 
@@ -46,6 +47,7 @@ def model(folder: Path, kind: str) -> Path:
     return folder / name
 
 
+@pytest.mark.slow
 def test_the_bytes_are_those_of_the_cpu(tmp_path: Path) -> None:
     jobs = []
     for kind, form in PAIRS:

@@ -84,6 +84,7 @@ def durable(work: CalibWork) -> list[int]:
     return sorted([*work.numbers(*names), *streams])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WORKS)
 def test_killed(kit: Kit, works: Works, tmp_path: Path, name: str) -> None:
     """Before and behind the commit of every unit, before some replays and other calls, halfway through some writes."""

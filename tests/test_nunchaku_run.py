@@ -333,6 +333,7 @@ def test_overwritten_by_another_layout(made: Runs, tmp_path: Path) -> None:
 LIBRARY = sorted(path.stem for path in (ROOT / "recipes").glob("w4a*.yaml") if "[nunchaku]" in path.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LIBRARY)
 def test_the_librarys_recipes(made: Runs, tmp_path: Path, name: str) -> None:
     """By its own name, and as a file with a small set: all layers, by its type, into its format."""

@@ -126,6 +126,7 @@ def test_killed_at_every_call(runs: Runs, works: Works, tmp_path: Path) -> None:
     assert not problems, report(problems)
 
 
+@pytest.mark.slow
 def test_killed_at_many_calls_of_two_experts(runs: Runs, works: Works, tmp_path: Path) -> None:
     work = works("pair", "--format", BOTH, "--read_ahead", 3)
     numbers = thinned(range(1, len(work.calls) + 1), work.calls, 40)
@@ -167,6 +168,7 @@ def test_killed_again_while_it_resumes(runs: Runs, works: Works, tmp_path: Path)
     assert not problems, report(problems)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("notes", [False, True], ids=["alone", "beside notes"])
 @pytest.mark.parametrize("formats", ["mindie", BOTH])
 def test_no_resume_killed(runs: Runs, works: Works, tmp_path: Path, formats: str, notes: bool) -> None:
@@ -212,6 +214,7 @@ def test_no_resume_killed_before_there_was_anything_to_lose(
     assert not problems, report(problems)
 
 
+@pytest.mark.slow
 def test_overwrite_killed(runs: Runs, works: Works, tmp_path: Path) -> None:
     """A finished output of another plan may be gone at any moment, but never half there with its manifest."""
     old, new = works("small", "--format", "lightx2v"), works("small", "--format", BOTH)

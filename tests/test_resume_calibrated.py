@@ -63,6 +63,7 @@ def test_killed_at_every_call(kit: Kit, tmp_path: Path) -> None:
     assert not problems, report(problems)
 
 
+@pytest.mark.slow
 @named
 def test_killed_and_resumed_with_other_settings(kit: Kit, tmp_path: Path, model: str, recipe: str) -> None:
     """Streams in memory at first and from the disk later, or the other way round, at another depth."""
@@ -170,6 +171,7 @@ def _commits_of_blocks(work: CalibWork) -> list[int]:
     return [n for n, call in enumerate(work.calls, 1) if call == f"fsync {JOURNAL}"][1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "recipe"), [("three", "gptq"), *CASES])
 def test_at_most_two_generations(kit: Kit, tmp_path: Path, model: str, recipe: str) -> None:
     work = kit.work(model, recipe, "--read_ahead", 1)
