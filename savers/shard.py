@@ -267,5 +267,5 @@ class disk_errors:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             advice = "make room" if full else "check the disk and its permissions"
             raise RunError(
-                f"{self.path}: {error.strerror}; committed blocks are kept: {advice}, then run the same command"
+                f"{self.path}: {error.strerror}; what is complete is kept: {advice}, then run the same command"
             ) from error

@@ -397,6 +397,15 @@ def _underscores(argument: str) -> str:
     return f"--{name.replace('-', '_')}{equals}{value}"
 
 
+def _check_texts(args: argparse.Namespace) -> None:
+    """Raise UsageError for a prompt that could not be written into a video's JSON."""
+    for name in ("prompt", "negative_prompt", "preview"):
+        given = getattr(args, name, None) or ()
+        for text in (given,) if isinstance(given, str) else given:
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise UsageError(f"--{name}: not UTF-8: {text[:40]!a}; check the terminal's or the script's encoding")
+
+
 def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
@@ -412,6 +421,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _interrupt)
         args = _parser().parse_args(given)
+        _check_texts(args)
         return COMMANDS[args.command](args)
     except KeyboardInterrupt as stop:
         print("; ".join(["error: interrupted", *map(str, stop.args)]), file=sys.stderr)

@@ -6,6 +6,7 @@ It is `streamq eval` with the run's own paths; nothing of it is done in another 
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,16 @@ def check(args: argparse.Namespace, options: QuantOptions) -> None:
 
     names_of([options.save_path], "--save_path")
     size = args.preview_size
-    prepare(
-        GenerateSettings(
-            model_path=options.model_path, save_path=options.save_path / FOLDER / REFERENCE, device=options.device,
-            prompts=tuple(args.preview), size=None if size is None else parse_video_size(size),
-            frame_num=args.preview_frame_num, sample_steps=args.preview_sample_steps,
-        )
-    )  # fmt: skip
+    try:
+        prepare(
+            GenerateSettings(
+                model_path=options.model_path, save_path=options.save_path / FOLDER / REFERENCE, device=options.device,
+                prompts=tuple(args.preview), size=None if size is None else parse_video_size(size),
+                frame_num=args.preview_frame_num, sample_steps=args.preview_sample_steps,
+            )
+        )  # fmt: skip
+    except UsageError as error:  # it knows the options by the names that generate has for them
+        raise UsageError(re.sub(rf"--({'|'.join(PASSED_ON)})\b", r"--preview_\1", str(error))) from error
 
 
 def show(args: argparse.Namespace, options: QuantOptions, formats: list[str]) -> Path:

@@ -43,9 +43,10 @@ def test_the_pair_and_the_page_for_each_format(tmp_path: Path, capsys: pytest.Ca
     ("extra", "words"),
     [
         (["--preview_size", "64*64"], "goes with --preview"),
-        (["--preview", "a", "--preview_size", "60*64"], "multiples of"),
+        (["--preview", "a", "--preview_size", "60*64"], "--preview_size 60*64: both must be multiples of"),
+        (["--preview", "\udcff"], "--preview: not UTF-8"),
         (["--preview", "a", "--preview_frame_num", "6"], "4n + 1"),
-        (["--preview", "a", "--preview_sample_steps", "0"], "--sample_steps 0"),
+        (["--preview", "a", "--preview_sample_steps", "0"], "--preview_sample_steps 0"),
     ],
 )
 def test_wrong_use_is_refused_before_anything_is_written(

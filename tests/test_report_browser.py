@@ -148,7 +148,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_canvases_hold_the_frames_and_the_heat_map(said: dict[str, Any]) -> None:
     assert said["alerted"] == "undefined"
-    assert said["readout"] == "3 / 4"
+    assert said["readout"] == "4 / 5"
     shown = [rgb(pixels) for pixels in said["frame"][:5]]
     expected = frames(0)[3]
     assert (shown[0] == expected).all()

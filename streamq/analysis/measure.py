@@ -86,8 +86,8 @@ def measure(job: Job, device: Device, about: Callable[[str], None]) -> tuple[lis
 
 def _progress(key: str, found: Row, done: int, total: int, seconds: float) -> str:
     errors = ", ".join(f"{row['type']} {row['rel_error']:.4g}" for row in found["blocks"])
-    left = format_duration(seconds * (total - done)) if done < total else "none"
-    return f"{key}: {done} of {total}, error of its output: {errors}; {seconds:.2g} s a block, left: {left}"
+    left = format_duration(seconds * (total - done)) if done < total else "0 s"
+    return f"{key}: {done} of {total}, error of its output: {errors}; {format_duration(seconds)} a block, {left} left"
 
 
 def _begin(job: Job, folder: Path, device: Device, about: Callable[[str], None]) -> tuple[dict[str, Any], CalibSet]:

@@ -272,6 +272,8 @@ def _tell(args: argparse.Namespace, results: Results, files: list[Path], names: 
     for note in results.notes:
         print(f"note: {note}")
     print(f"{len(files)} files in {files[0].parent}: {', '.join(file.name for file in files)}")
+    if files[-1].name == REPORT:
+        print(f"open {files[-1].absolute().as_uri()} in a browser; it is one file, and may be copied anywhere")
 
 
 def _judge(results: Results, limits: dict[str, float], names: list[str]) -> None:
