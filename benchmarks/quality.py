@@ -47,9 +47,14 @@ TYPES = (
 CALIBRATED = ("w8a8_smooth", "w8a8_static", "w4a4", "w4a4_nvfp4", "w4a4_fast", "w4a16:nunchaku")
 COLUMNS = {
     "latent_rel_l2": "latents, relative L2", "latent_cos": "latents, cosine", "psnr_video": "PSNR, dB", "ssim": "SSIM",
-    "mae": "mean difference of 255", "flicker": "flicker", "motion_series_dev": "motion differs by",
+    "mae": "mean difference of 255", "flicker_diff": "flicker less float's", "motion_series_dev": "motion differs by",
 }  # fmt: skip
-FORMS = dict.fromkeys(COLUMNS, "{:.4f}") | {"psnr_video": "{:.1f}", "latent_cos": "{:.5f}", "mae": "{:.2f}"}
+FORMS = dict.fromkeys(COLUMNS, "{:.4f}") | {
+    "psnr_video": "{:.1f}",
+    "latent_cos": "{:.5f}",
+    "mae": "{:.2f}",
+    "flicker_diff": "{:+.5f}",
+}
 FLOOR = "floor"
 SETTINGS = ("--size", "64*64", "--frame_num", "9", "--sample_steps", "24", "--guidance", "3")
 
@@ -85,12 +90,19 @@ def measure(model: Path, folder: Path, types: list[str], seeds: str) -> tuple[di
         rows[place.name] = {"bytes": float(weights(place))}
     out = folder / "eval"
     run("eval", *common, *made, "--save_path", str(out), "--noise_floor", str(folder / "floor"), "--json", "--quiet")
-    with open(out / "fidelity_summary.csv", newline="") as stream:
-        for line in csv.DictReader(stream):
-            rows.setdefault(line["candidate"], {})[line["metric"]] = float(line["mean"])
-            if line["noise_floor"]:
-                rows.setdefault(FLOOR, {})[line["metric"]] = float(line["noise_floor"])
-    return rows, float(weights(model / "transformer"))
+    return summary(out, rows), float(weights(model / "transformer"))
+
+
+def summary(folder: Path, rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Candidate -> its means, added to what `rows` has, from eval's tables; the noise floor as a candidate."""
+    for name in ("fidelity_summary.csv", "clip_temporal_summary.csv", "motion_summary.csv"):
+        with open(folder / name, newline="") as stream:
+            for line in csv.DictReader(stream):
+                if line["candidate"] in rows:
+                    rows[line["candidate"]][line["metric"]] = float(line["mean"])
+                if line["noise_floor"]:
+                    rows.setdefault(FLOOR, {})[line["metric"]] = float(line["noise_floor"])
+    return rows
 
 
 def weights(folder: Path) -> int:
