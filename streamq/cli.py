@@ -10,6 +10,7 @@ import argparse
 import importlib
 import io
 import json
+import logging
 import re
 import signal
 import sys
@@ -35,6 +36,10 @@ VIDEO_COMMANDS = {
     "eval": ("evaluation", "compare videos pair by pair: float and quantized, same prompt and seed"),
     "analyze": ("analysis", "how much each layer and block loses by type, and a recipe that follows from it"),
 }
+
+
+# What torchao says when diffusers imports it, and diffusers of it, is nothing that a user could act on.
+CHATTY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -414,6 +419,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     given = [_underscores(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     debug = "--debug" in given
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
