@@ -106,7 +106,7 @@ def _bytes_in_tensors() -> int:
     gc.collect()
     storages = {}
     for one in gc.get_objects():
-        if issubclass(type(one), torch.Tensor) and one.device.type == "cpu":
+        if issubclass(type(one), torch.Tensor) and one.device.type == "cpu" and one.layout == torch.strided:
             storage = one.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

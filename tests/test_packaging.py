@@ -87,7 +87,7 @@ def from_sdist(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sources() -> set[str]:
     """Every file that belongs into the package, as it is called there."""
     found = {path.relative_to(ROOT) for top in IN_THE_PACKAGE for path in (ROOT / top).rglob("*") if path.is_file()}
-    names = {path.as_posix() for path in found if path.suffix in (".py", ".yaml") or path.name == "py.typed"}
+    names = {path.as_posix() for path in found if path.suffix in (".py", ".yaml", ".j2") or path.name == "py.typed"}
     return {name if name.startswith("streamq/") else f"streamq/{name}" for name in names}
 
 
