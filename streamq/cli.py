@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from streamq import __version__, preview
-from streamq.errors import RunError, StreamqError, UsageError, nearest
-from streamq.options import QuantOptions, parse_lora, parse_size
+from streamq.errors import StreamqError, UsageError, nearest, out_of_memory
+from streamq.options import QuantOptions, given_size, parse_lora
 
 if TYPE_CHECKING:
     from streamq.calibration.prepare import CalibJob
@@ -171,18 +171,16 @@ def _add_calib_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _options(args: argparse.Namespace) -> QuantOptions:
-    def size(name: str) -> int:
-        text = getattr(args, name)
-        return parse_size(text, f"--{name}") if text is not None else 0
-
     formats = tuple(dict.fromkeys(name.strip() for given in args.format for name in given.split(",")))
     if args.read_ahead < 0 or args.read_ahead > 64:
         raise UsageError(f"--read_ahead {args.read_ahead}: a number of layers from 0 to 64")
     return QuantOptions(
         model_path=args.model_path, save_path=args.save_path.expanduser(), model_type=args.model_type,
         quant_type=args.quant_type, config_path=args.config_path, formats=formats, layout=args.layout,
-        device=args.device, resume=args.resume, overwrite=args.overwrite, max_shard_size=size("max_shard_size"),
-        max_host_memory=size("max_host_memory") or None, max_device_memory=size("max_device_memory") or None,
+        device=args.device, resume=args.resume, overwrite=args.overwrite,
+        max_shard_size=given_size(args, "max_shard_size") or 0,
+        max_host_memory=given_size(args, "max_host_memory") or None,
+        max_device_memory=given_size(args, "max_device_memory") or None,
         match=args.match, calib=args.calib, trust_remote_code=args.trust_remote_code == "True", seed=args.seed,
         lora=tuple(map(parse_lora, args.lora)), read_ahead=args.read_ahead, quiet=args.quiet,
         json=args.json, debug=args.debug,
@@ -249,10 +247,8 @@ def _run(plan: Plan) -> dict[str, Any] | None:
         print(f"error: interrupted; what is committed in {options.save_path} is kept, {how}", file=sys.stderr)
         return None
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise RunError(
-            f"out of memory ({' '.join(str(error).split())[:200]}); committed blocks are kept: run the same command"
-            " with --read_ahead 0, or a smaller --max_host_memory or --max_device_memory"
-        ) from error
+        advice = "committed blocks are kept: run the same command with --read_ahead 0, or a smaller budget"
+        raise out_of_memory(error, f"{advice} (--max_host_memory, --max_device_memory)") from error
     if manifest is None:
         if not options.json:
             print(f"already done: {options.save_path} is complete and intact")
@@ -267,12 +263,8 @@ def _calib(args: argparse.Namespace) -> int:
     from streamq import display
     from streamq.calibration import prepare
 
-    def size(name: str) -> int | None:
-        text = getattr(args, name)
-        return None if text is None else parse_size(text, f"--{name}")
-
     settings = prepare.settings_of(args)
-    budgets = size("max_host_memory"), size("max_device_memory")
+    budgets = given_size(args, "max_host_memory"), given_size(args, "max_device_memory")
     job = prepare.prepare(settings, args.model_path, args.model_type, args.save_path.expanduser(), args.device, budgets,
                           overwrite=args.overwrite)  # fmt: skip
     done = job.finished
@@ -303,10 +295,8 @@ def _make_calib(args: argparse.Namespace, job: CalibJob) -> CalibSet:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{save_path} holds no complete set, the same command starts again") from None
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise RunError(
-            f"out of memory ({' '.join(str(error).split())[:200]}); give a smaller --size, --frame_num or, for a"
-            " trajectory, --num_samples"
-        ) from error
+        advice = "give a smaller --size, --frame_num or, for a trajectory, --num_samples"
+        raise out_of_memory(error, advice) from error
 
 
 def _import_torch() -> Any:

@@ -23,6 +23,11 @@ class RunError(StreamqError):
     status = 1
 
 
+def out_of_memory(error: BaseException, advice: str) -> RunError:
+    """What to raise instead of an allocator's error; `advice`: what is kept, and the next step."""
+    return RunError(f"out of memory ({' '.join(str(error).split())[:200]}); {advice}")
+
+
 def nearest(word: str, known: "list[str] | tuple[str, ...] | set[str] | dict[str, object]", count: int = 3) -> str:
     """`"; nearest: a, b"` for an unknown `word`, or an empty string when nothing known resembles it."""
     import difflib

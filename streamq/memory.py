@@ -30,16 +30,20 @@ def making_peaks(
 
     seen = prepare.outlook(calibration.settings, experts, encoders.find_parts(source), kind)
     host, device = seen.peak_host_bytes + merging, seen.peak_device_bytes + merging * (kind != "cpu")
-    for option, budget, need in (
-        ("--max_host_memory", options.max_host_memory, host),
-        ("--max_device_memory", options.max_device_memory, device),
-    ):
-        if budget is not None and need > budget:
-            raise UsageError(
-                f"{option}: a budget of {budget} bytes, but making the calibration inputs takes {need}; raise the"
-                " budget, or make them elsewhere with streamq calib and give --calib"
-            )
+    check_budgets(
+        options.max_host_memory, options.max_device_memory, (host, device),
+        "making the calibration inputs takes {}; raise the budget, or make them elsewhere with streamq calib and give"
+        " --calib",
+    )  # fmt: skip
     return host, device
+
+
+def check_budgets(on_host: int | None, on_device: int | None, needs: tuple[int, int], text: str) -> None:
+    """Raise UsageError if a budget is smaller than what is needed of it. `text` says for what, and the next step."""
+    budgets = (("--max_host_memory", on_host), ("--max_device_memory", on_device))
+    for (option, budget), need in zip(budgets, needs, strict=True):
+        if budget is not None and need > budget:
+            raise UsageError(f"{option}: a budget of {budget} bytes, but {text.format(need)}")
 
 
 def beside_nbytes(parts: tuple[ExpertPlan, ...], read_ahead: int, kind: str) -> int:

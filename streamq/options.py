@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 from dataclasses import dataclass
@@ -75,6 +76,12 @@ def parse_lora(text: str) -> LoraOption:
     if not math.isfinite(strength):
         raise UsageError(f"--lora {text}: strength {match['strength']} is too large a number")
     return LoraOption(Path(match["path"]).expanduser(), strength, match["expert"] or "")
+
+
+def given_size(args: argparse.Namespace, name: str) -> int | None:
+    """A size on a command line in bytes, None where it was left out. Raises UsageError."""
+    text = getattr(args, name)
+    return None if text is None else parse_size(text, f"--{name}")
 
 
 def parse_size(text: str, option: str) -> int:

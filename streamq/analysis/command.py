@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamq import __version__
-from streamq.errors import RunError, StreamqError, UsageError
-from streamq.options import parse_size
+from streamq.errors import RunError, StreamqError, UsageError, out_of_memory
+from streamq.options import given_size
 
 if TYPE_CHECKING:
     from streamq.analysis.prepare import AnalyzeSettings, Job
@@ -47,15 +47,12 @@ def settings_of(args: argparse.Namespace) -> AnalyzeSettings:
     """The options as settings. Raises UsageError."""
     from streamq.analysis.prepare import AnalyzeSettings
 
-    def size(name: str) -> int | None:
-        text = getattr(args, name)
-        return None if text is None else parse_size(text, f"--{name}")
-
     return AnalyzeSettings(
         model_path=args.model_path, save_path=args.save_path.expanduser(),
         types=tuple(name.strip() for given in args.quant_type for name in given.split(",")), form=args.format,
-        calib=args.calib, max_size=size("max_size"), max_error=args.max_error, top_k=args.top_k, device=args.device,
-        seed=args.seed, max_host_memory=size("max_host_memory"), max_device_memory=size("max_device_memory"),
+        calib=args.calib, max_size=given_size(args, "max_size"), max_error=args.max_error, top_k=args.top_k,
+        device=args.device, seed=args.seed, max_host_memory=given_size(args, "max_host_memory"),
+        max_device_memory=given_size(args, "max_device_memory"),
         overwrite=args.overwrite, quiet=args.quiet,
     )  # fmt: skip
 
@@ -156,10 +153,8 @@ def _measure(job: Job, device: Device) -> tuple[list[Row], list[Row], list[str]]
     try:
         return measure(job, device, display.CalibProgress(quiet=job.settings.quiet))
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise RunError(
-            f"out of memory ({' '.join(str(error).split())[:200]}); finished blocks are kept for the same command; with"
-            " --calib of fewer tokens a sample it begins anew"
-        ) from error
+        advice = "finished blocks are kept for the same command; with --calib of fewer tokens a sample it begins anew"
+        raise out_of_memory(error, advice) from error
 
 
 def _write(

@@ -293,15 +293,11 @@ def _peaks(
     making = memory.making_peaks(calibration, experts, plan.source_path, options, kind, 0)
     host = max(host_fixed(kind, calibration) + at_work * (kind == "cpu"), making[0])
     device = 0 if kind == "cpu" else max(at_work + DEVICE_SCRATCH, making[1])
-    for option, budget, need in (
-        ("--max_host_memory", settings.max_host_memory, host),
-        ("--max_device_memory", settings.max_device_memory, device),
-    ):
-        if budget is not None and need > budget:
-            raise UsageError(
-                f"{option}: a budget of {budget} bytes, but this analysis takes {need}, of a block with one type at a"
-                " time; raise the budget, or give --calib with fewer tokens a sample"
-            )
+    memory.check_budgets(
+        settings.max_host_memory, settings.max_device_memory, (host, device),
+        "this analysis takes {}, of a block with one type at a time; raise the budget, or give --calib with fewer"
+        " tokens a sample",
+    )  # fmt: skip
     return host, device
 
 

@@ -51,15 +51,14 @@ def make_missing(
     from streamq.calibration.settings import parse_video_size
     from streamq.generation import GenerateSettings, generate
     from streamq.generation.prepare import prepare
-    from streamq.options import parse_size
+    from streamq.options import given_size
 
     for given_folder in folders.values():
         if not given_folder.is_dir():
             raise UsageError(f"--transformer {given_folder}: no such folder; give one that streamq quant made")
     prompts = load_prompts(args.prompts) if args.prompts is not None else tuple(args.prompt)
     given = {name: getattr(args, name) for name in PASSED_ON}
-    given |= {name: None if getattr(args, name) is None else parse_size(getattr(args, name), f"--{name}")
-              for name in ("max_host_memory", "max_device_memory")}  # fmt: skip
+    given |= {name: given_size(args, name) for name in ("max_host_memory", "max_device_memory")}
     size = None if args.size is None else parse_video_size(args.size)
     whole: dict[str, Path | None] = {REFERENCE: None, **folders}
     settings = {

@@ -11,9 +11,9 @@ from typing import Any
 
 from streamq.calibration.prompts import load_prompts
 from streamq.calibration.settings import Prompt, parse_video_size
-from streamq.errors import RunError, UsageError
+from streamq.errors import UsageError, out_of_memory
 from streamq.generation.settings import DTYPES, GenerateSettings
-from streamq.options import parse_size
+from streamq.options import given_size
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -51,17 +51,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def settings_of(args: argparse.Namespace) -> GenerateSettings:
     """The command line's settings. Raises UsageError for options that contradict each other."""
 
-    def size(name: str) -> int | None:
-        text = getattr(args, name)
-        return None if text is None else parse_size(text, f"--{name}")
-
     return GenerateSettings(
         model_path=args.model_path, save_path=args.save_path, prompts=_prompts(args), seeds=_seeds(args),
         transformer=args.transformer, transformer_2=args.transformer_2, negative_prompt=args.negative_prompt,
         image=args.image, last_image=args.last_image, size=None if args.size is None else parse_video_size(args.size),
         frame_num=args.frame_num, fps=args.fps, sample_steps=args.sample_steps, guidance=args.guidance,
         guidance_2=args.guidance_2, shift=args.shift, device=args.device, dtype=args.dtype,
-        max_host_memory=size("max_host_memory"), max_device_memory=size("max_device_memory"), overwrite=args.overwrite,
+        max_host_memory=given_size(args, "max_host_memory"), max_device_memory=given_size(args, "max_device_memory"),
+        overwrite=args.overwrite,
     )  # fmt: skip
 
 
@@ -132,10 +129,11 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"finished videos in {settings.save_path} are kept, the same command goes on") from None
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise RunError(
-            f"out of memory ({' '.join(str(error).split())[:200]}); finished videos are kept: run the same command with"
-            " a smaller --max_host_memory or --max_device_memory, or another run with a smaller --size or --frame_num"
-        ) from error
+        advice = (
+            "finished videos are kept: run the same command with a smaller --max_host_memory or --max_device_memory, or"
+            " another run with a smaller --size or --frame_num"
+        )
+        raise out_of_memory(error, advice) from error
     if args.json:
         done = sum(video.done for video in job.videos)
         videos = [str(path) for path in made]
