@@ -76,10 +76,14 @@ def layout(
 
 
 class ShardWriter:
-    """One file that is being written front to back. One thread writes; another may sync."""
+    """One file that is being written front to back. One thread writes; another may sync.
 
-    def __init__(self, folder: Path, file: TensorFile) -> None:
+    `shared`: other processes write other tensors of it, so these come at any place, and the file is hashed at the end.
+    """
+
+    def __init__(self, folder: Path, file: TensorFile, *, shared: bool = False) -> None:
         self.file = file
+        self.shared = shared
         self.folder = folder
         self.final = folder / file.path
         self.partial = folder / (file.path + PARTIAL)
@@ -98,7 +102,8 @@ class ShardWriter:
                 os.posix_fallocate(descriptor, 0, self.file.size)
             finally:
                 os.close(descriptor)
-        self._sha256.update(self.file.header)
+        if not self.shared:
+            self._sha256.update(self.file.header)
         self._write(self.file.header)
         self.sync()
         self.close()
@@ -142,11 +147,14 @@ class ShardWriter:
         return bytes(-self.position % self.file.alignment)
 
     def _advance(self, data: bytes | memoryview) -> None:
-        self._sha256.update(data)
+        if not self.shared:
+            self._sha256.update(data)
         self.position += len(data)
 
     def begin(self, place: Place) -> None:
         """The next tensor. Tensors come in the order of their offsets."""
+        if self.shared:
+            self.position = place.offset
         assert place.offset == self.position, f"{place.name}: begun at {self.position}, belongs at {place.offset}"
         self._tensor_end = place.offset + place.nbytes
         self._tensor_sha256 = hashlib.sha256()
@@ -156,18 +164,20 @@ class ShardWriter:
 
         Raises RunError on a full disk.
         """
-        hashed = beside(self._sha256.update, data)
+        hashed = None if self.shared else beside(self._sha256.update, data)
         try:
             self._tensor_sha256.update(data)
             self._write(data)
         finally:
-            hashed.result()  # the caller's memory may change as soon as this returns
+            if hashed is not None:
+                hashed.result()  # the caller's memory may change as soon as this returns
 
     def end(self) -> str:
         """The tensor is complete; returns its sha256."""
         assert self.position == self._tensor_end, f"tensor ends at {self.position}, must end at {self._tensor_end}"
         if zeros := self._zeros():
-            self._sha256.update(zeros)
+            if not self.shared:
+                self._sha256.update(zeros)
             self._write(zeros)
         return self._tensor_sha256.hexdigest()
 
@@ -200,15 +210,24 @@ class ShardWriter:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def publish(self) -> str:
-        """Sync, set the mode, give the complete file its final name; returns the file's sha256. May be called again."""
-        assert self.position == self.file.size, f"{self.file.path}: {self.position} of {self.file.size} bytes written"
+    def digest(self) -> str:
+        """The sha256 of a shared file, complete by now: read again."""
+        self.close()
+        return sha256_of(self.partial if self.partial.exists() else self.final)
+
+    def publish(self, digest: str = "") -> str:
+        """Sync, set the mode, give the complete file its final name; returns the file's sha256. May be called again.
+
+        `digest`: of a shared file.
+        """
+        whole = self.shared or self.position == self.file.size
+        assert whole, f"{self.file.path}: {self.position} of {self.file.size} bytes written"
         self.close()
         if self.partial.exists():
             publish(self.partial, self.final, self.file.mode)
         elif not self.final.is_file() or self.final.stat().st_size != self.file.size:
             raise RunError(f"{self.partial}: gone, removed by another program; start again with --no_resume")
-        return self._sha256.hexdigest()
+        return digest or self._sha256.hexdigest()
 
 
 def publish(partial: Path, final: Path, mode: int) -> None:

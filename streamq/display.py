@@ -113,6 +113,25 @@ class Display:
                 self.quiet = True
 
 
+class Silent:
+    """Watches a run of several processes where the first one shows it. Use as a context manager."""
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def started(self, plan: Plan, done: set[str]) -> None:
+        """See Watcher."""
+
+    def committed(self, unit: Unit, commit: Commit) -> None:
+        """See Watcher."""
+
+    def said(self, text: str) -> None:
+        """See Watcher."""
+
+
 def _nbytes(unit: Unit) -> int:
     return sum(step.nbytes for step in unit.steps)
 

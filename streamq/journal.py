@@ -20,7 +20,7 @@ from typing import Any
 
 from streamq import __version__
 from streamq.card import is_card
-from streamq.checkpoint import Source, load_json
+from streamq.checkpoint import AGAIN, Source, load_json
 from streamq.errors import RunError, UsageError
 from streamq.lora import Lora
 from streamq.plan import Plan, check_disk
@@ -68,8 +68,9 @@ class Journal:
         self._descriptor = descriptor
 
     def append(self, commit: Commit) -> None:
-        """Make a unit count: its bytes must be on the disk already."""
-        _append(self._descriptor, asdict(commit))
+        """Make a unit count: its bytes must be on the disk already. One that another process keeps is only followed."""
+        if self._descriptor >= 0:
+            _append(self._descriptor, asdict(commit))
         self.commits.append(commit)
 
     def remove(self) -> None:
@@ -373,7 +374,7 @@ def remove_cache(folder: Path) -> None:
         sync_folder(folder.parent)
 
 
-def open_files(plan: Plan, journal: Journal) -> list[ShardWriter]:
+def open_files(plan: Plan, journal: Journal, *, shared: bool) -> list[ShardWriter]:
     """Every output file: new ones allocated in full, begun ones hashed again as far as they are committed.
 
     Raises UsageError when what the journal says is committed is not there, RunError on a full disk.
@@ -387,7 +388,7 @@ def open_files(plan: Plan, journal: Journal) -> list[ShardWriter]:
                 if digest is None:
                     raise UsageError(f"{journal.path}: damaged: no {place.name} in {commit.unit}; use --no_resume")
                 committed.setdefault(place.file, []).append((place, digest))
-    writers = [ShardWriter(plan.options.save_path, file) for file in plan.files]
+    writers = [ShardWriter(plan.options.save_path, file, shared=shared) for file in plan.files]
     for number, writer in enumerate(writers):
         if number in committed:
             problem = writer.reopen(committed[number])
@@ -409,7 +410,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         document = load_json(path, MAX_MANIFEST_BYTES)
     except UsageError as error:
-        raise bad(str(error)) from error
+        raise bad(str(error).removeprefix(f"{path}: ").removesuffix(f"; {AGAIN}")) from error
     if not isinstance(document, dict) or not isinstance(document.get("plan"), str):
         raise bad("no plan in it")
     files, made = document.get("files"), document.get("formats")

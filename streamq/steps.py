@@ -12,6 +12,7 @@ import torch
 
 from streamq.checkpoint import Source, TensorInfo
 from streamq.device import Device
+from streamq.device.cpu import host_bytes
 from streamq.dtypes import TORCH_DTYPES
 from streamq.errors import RunError
 from streamq.journal import Commit, Journal
@@ -20,8 +21,9 @@ from streamq.lora import MergedSource
 from streamq.merge import merge
 from streamq.methods.int8 import RowRanges
 from streamq.methods.rotation import online_hadamard
-from streamq.plan import ExpertPlan, Output, Plan, Step, Target, Unit, aligned
+from streamq.plan import COPY_CHUNK, ExpertPlan, Output, Plan, Step, Target, Unit, aligned
 from streamq.quantized import QuantizedLinear, Scheme, encode_vector
+from streamq.ranks import Ranks
 from streamq.savers.shard import Place, ShardWriter
 from streamq.stages import Arena, Lane, Team, Watcher, results
 
@@ -50,6 +52,7 @@ class Work:
     replay: Replay | None
     arena: Arena
     chunk: torch.Tensor
+    ranks: Ranks
 
 
 def load(step: Step, memory: torch.Tensor | None, work: Work) -> Any:
@@ -83,6 +86,29 @@ def _factors(step: Step, memory: torch.Tensor) -> tuple[list[list[torch.Tensor]]
             room = room[aligned(factor.nbytes) :]
         found.append(parts)
     return found, room
+
+
+def copy(step: Step, work: Work, commit: Commit) -> None:
+    """Pass a step's tensors through, in chunks of host memory: each is read once and goes to every target.
+
+    COPY_CHUNK is a multiple of every element's size, so a chunk can be cast by itself.
+    """
+    for number, info in enumerate(step.sources):
+        places = [output.places[number] for output in step.outputs]
+        for place in places:
+            work.writers[place.file].begin(place)
+        for start in range(0, info.nbytes, COPY_CHUNK):
+            part = work.chunk[: min(COPY_CHUNK, info.nbytes - start)]
+            work.source.read(info, start, host_bytes(part))
+            values = part.view(TORCH_DTYPES[info.dtype])
+            if not is_finite(values):
+                raise damaged(info, work)
+            for place in places:
+                work.writers[place.file].append(host_bytes(values.to(TORCH_DTYPES[place.dtype])), work.hasher.start)
+        for place in places:
+            writer = work.writers[place.file]
+            commit.tensors.setdefault(writer.file.path, {})[place.name] = writer.end()
+        work.source.drop(info)
 
 
 def merge_loras(step: Step, memory: torch.Tensor, work: Work) -> None:

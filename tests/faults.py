@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -252,9 +252,12 @@ def _serve() -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _child(main: Callable[[Sequence[str]], int], argv: list[str], fault: dict[str, Any], scratch: str) -> NoReturn:
+def _child(
+    main: Callable[[Sequence[str]], int], argv: list[str], fault: dict[str, Any], scratch: str, env: dict[str, str]
+) -> NoReturn:
     status = 99
     try:
+        os.environ.update(env)
         for number, name in ((1, "out"), (2, "err")):
             descriptor = os.open(f"{scratch}/{name}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
             os.dup2(descriptor, number)
@@ -340,13 +343,14 @@ class Server:
 class Started:
     """A run in progress."""
 
-    def __init__(self, server: Server, number: int, argv: Sequence[str], fault: Fault) -> None:
+    def __init__(self, server: Server, number: int, argv: Sequence[str], fault: Fault, env: Mapping[str, str]) -> None:
         self._server = server
         self._number = number
         server.runs.add(number)
         self._scratch = server.scratch / f"run{number}"
         self._scratch.mkdir()
-        self.pid: int = server.ask(argv=list(argv), fault=asdict(fault), scratch=str(self._scratch))["pid"]
+        request = {"argv": list(argv), "fault": asdict(fault), "scratch": str(self._scratch), "env": dict(env)}
+        self.pid: int = server.ask(**request)["pid"]
 
     def send(self, number: int) -> None:
         """Send a signal; a run that has just ended does not mind."""
@@ -397,11 +401,11 @@ class Runs:
         for server in self._servers:
             server.ask(ready=True)
 
-    def start(self, argv: Sequence[str], fault: Fault | None = None) -> Started:
+    def start(self, argv: Sequence[str], fault: Fault | None = None, env: Mapping[str, str] | None = None) -> Started:
         """Begin a run. Any number may be at work at once, but while one is waited for, others under its server wait."""
         with self._lock:
             server = min(self._servers, key=lambda server: len(server.runs))
-            return Started(server, next(self._numbers), argv, fault or Fault())
+            return Started(server, next(self._numbers), argv, fault or Fault(), env or {})
 
     def __call__(self, argv: Sequence[str], fault: Fault | None = None) -> Ended:
         """Run to the end."""

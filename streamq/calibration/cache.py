@@ -105,7 +105,8 @@ class Cache:
         for stream in flow.writes:
             name = f"{self.inputs.name or 'transformer'}-{stream}-{number}.stream"
             with disk_errors(self.folder / name):
-                descriptor = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+                # Not truncated: another process of the run may have written to it by now.
+                descriptor = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
                 self._begun[stream] = (name, descriptor, [0] * self.count)
                 os.posix_fallocate(descriptor, 0, self.nbytes * self.count)
         self._doomed = [self._live[s][0] for s in (*flow.writes, *flow.drops) if s in self._live]
@@ -167,9 +168,13 @@ class Cache:
         sync_folder(self.folder)
         return dict(self._live)
 
-    def committed(self) -> None:
-        """The journal has the new generation: the old one goes."""
-        for name in self._doomed:
+    def adopt(self, state: State) -> None:
+        """Go on from what another process of the run has restored."""
+        self._live = dict(state)
+
+    def committed(self, *, remove: bool = True) -> None:
+        """The journal has the new generation: the old one goes; its file, where this process is to remove it."""
+        for name in self._doomed if remove else ():
             with disk_errors(self.folder / name):
                 (self.folder / name).unlink(missing_ok=True)
         for stream in self._dropped:

@@ -13,8 +13,9 @@ import fcntl
 import hashlib
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ from streamq.wan import Expert, Model
 if TYPE_CHECKING:
     from streamq.calibration.encoders import Parts
 
+THREADS = "STREAMQ_THREADS"  # in the environment
 THUMBNAILS = "thumbnails"
 THUMBNAIL = re.compile(r"\d{2,}\.png(\.partial)?")
 FINGERPRINT_BYTES = 64  # of each tensor
@@ -179,11 +181,18 @@ def _stamp(path: Path) -> str:
 
 @contextmanager
 def all_threads() -> Iterator[None]:
-    """Let torch use every core that this process may: a model's forward is not a stream of small tiles."""
+    """Let torch use every core that this process may: a model's forward is not a stream of small tiles.
+
+    Several processes on a machine, which torchrun counts, divide them; STREAMQ_THREADS says how many instead. On a CPU
+    factorizations and long sums round by how many there are. Raises UsageError.
+    """
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    given, beside = os.environ.get(THREADS, ""), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if given and not (given.isdecimal() and int(given)):
+        raise UsageError(f"{THREADS}={given}: a number of threads, at least 1")
+    torch.set_num_threads(int(given or max(1, len(os.sched_getaffinity(0)) // beside)))
     try:
         yield
     finally:
@@ -192,20 +201,40 @@ def all_threads() -> Iterator[None]:
 
 @contextmanager
 def at_work(folder: Path) -> Iterator[None]:
-    """Create the folder, and keep a second run out of it. Raises UsageError."""
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    """Create the folder, show that files can be made in it, and keep a second run out of it. Raises UsageError.
+
+    Folders that are made here go again if nothing was put into them: what is refused later leaves no trace.
+    """
+    new: list[Path] = []
+    descriptor = -1
+    try:
+        try:
+            new += [place for place in (folder, *folder.parents) if not place.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+            with tempfile.TemporaryFile(dir=folder):  # os.access says yes to root, of /proc too
+                pass
+        except OSError as error:
+            raise UsageError(
+                f"--save_path {folder}: no files can be made in it ({error.strerror}); choose another folder"
+            ) from error
+        if not _locked(descriptor):
+            new.clear()
+            raise UsageError(f"--save_path {folder}: another run is at work on it; wait for it, or choose another")
+        yield
+    finally:
+        for place in new:
+            with suppress(OSError):  # there is something in it
+                place.rmdir()
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(descriptor)
-        raise UsageError(
-            f"--save_path {folder}: another run is at work on it; wait for it, or choose another"
-        ) from None
+        return False
     except OSError:  # a file system without locks
         pass
-    try:
-        yield
-    finally:
-        os.close(descriptor)
+    return True

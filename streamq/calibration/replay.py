@@ -23,8 +23,9 @@ from streamq.device import Device
 from streamq.device.cpu import give_memory_back
 from streamq.dtypes import TORCH_DTYPES
 from streamq.errors import RunError
-from streamq.methods.statistics import InputStatistics, Wanted
+from streamq.methods.statistics import InputStatistics, Sample, Wanted
 from streamq.quantized import QuantizedLinear, Scheme
+from streamq.ranks import ALONE, Ranks
 from streamq.simulate import put_in
 from streamq.wan import Expert
 from streamq.wan.blocks import BlockRunner, Shared, flow
@@ -33,7 +34,10 @@ from streamq.wan.blocks import BlockRunner, Shared, flow
 class Replay:
     """One expert's samples on their way through its blocks. Used by the loop's own thread only."""
 
-    def __init__(self, expert: Expert, plan: CalibPlan, inputs: ExpertInputs, cache: Cache, device: Device) -> None:
+    def __init__(
+        self, expert: Expert, plan: CalibPlan, inputs: ExpertInputs, cache: Cache, device: Device, ranks: Ranks = ALONE
+    ) -> None:  # fmt: skip
+        self.ranks, self._sample = ranks, 0
         self.model, self.plan, self.inputs, self.cache, self.device = expert.model, plan, inputs, cache, device
         self.where = getattr(device, "device", torch.device("cpu"))
         self.dtype = TORCH_DTYPES[plan.dtype]
@@ -52,8 +56,9 @@ class Replay:
         module = self.runner.fill(unit, tensors)
         seen = Seen(dict(tensors), self._statistics(unit, module, schemes))
         goes_on = self.plan.next_input == "float" and self._needed(unit)
-        with _looking(module, unit, seen.statistics):
-            self._run(unit, keep=goes_on)
+        looked: dict[str, Sample] | None = {} if self.ranks.count > 1 else None
+        with self._looking(module, unit, seen.statistics, looked):
+            self._run(unit, keep=goes_on, statistics=seen.statistics, looked=looked)
         for group, statistics in seen.statistics.items():
             if not torch.isfinite(statistics.amax).all():
                 raise RunError(
@@ -83,20 +88,65 @@ class Replay:
             module.set_submodule(name, linear)
         self.runner.release()
 
+    @contextmanager
+    def _looking(
+        self, module: nn.Module, unit: str, statistics: Mapping[str, InputStatistics], looked: dict[str, Sample] | None
+    ) -> Iterator[None]:
+        """Every group's input goes to its statistics: that of the group's first layer, as all have the same.
+
+        Where samples are divided between processes, what is to be added of them goes to `looked`.
+        """
+
+        def look_at(group: str) -> Any:
+            def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+                if looked is None:
+                    statistics[group].update(args[0])
+                else:
+                    looked[group] = statistics[group].look(args[0], self._sample)
+
+            return look
+
+        handles = []
+        for group in wan.GROUPS:
+            if f"{unit}.{group.name}" in statistics:
+                present = next(name for name in group.layers if _has(module, name))
+                hook = look_at(f"{unit}.{group.name}")
+                handles.append(module.get_submodule(present).register_forward_pre_hook(hook))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def _needed(self, unit: str) -> bool:
         """Whether anybody reads what the block makes: nobody the last one's."""
         return unit != self.model.replay_order[-1]
 
-    def _run(self, unit: str, *, keep: bool) -> None:
-        streams = flow(self.model, unit)
+    def _run(
+        self, unit: str, *, keep: bool, statistics: Mapping[str, InputStatistics] | None = None,
+        looked: dict[str, Sample] | None = None,
+    ) -> None:  # fmt: skip
+        streams, count = flow(self.model, unit), len(self.inputs.samples)
         if keep:
             self.cache.begin(streams, self.model.replay_order.index(unit))
-        for sample in range(len(self.inputs.samples)):
-            made = self.runner.run(unit, {s: self.cache.read(s, sample) for s in streams.reads}, self._shared(sample))
-            if keep:
-                for stream, tensor in made.items():
+        for first in range(0, count, self.ranks.count):  # a sample for each process
+            self._sample = sample = first + self.ranks.number
+            if sample < count:
+                shared = self._shared(sample)
+                made = self.runner.run(unit, {s: self.cache.read(s, sample) for s in streams.reads}, shared)
+                for stream, tensor in made.items() if keep else ():
                     self.cache.write(stream, sample, tensor)
+            if statistics is not None and looked is not None:
+                self._put_together(statistics, looked)
             give_memory_back()
+
+    def _put_together(self, statistics: Mapping[str, InputStatistics], looked: dict[str, Sample]) -> None:
+        """Every process's sample, in their order, into everybody's statistics; one group in memory at a time."""
+        for group, whole in statistics.items():
+            own = looked.pop(group, None)
+            for seen in self.ranks.gather(own and own.to(torch.device("cpu"))):
+                if seen is not None:
+                    whole.add(seen)
 
     def _statistics(
         self, unit: str, module: nn.Module, schemes: Mapping[str, set[Scheme]]
@@ -150,28 +200,5 @@ class Seen:
         self.statistics = statistics
 
 
-@contextmanager
-def _looking(module: nn.Module, unit: str, statistics: Mapping[str, InputStatistics]) -> Iterator[None]:
-    """Every group's input goes to its statistics: that of the group's first layer, as all have the same."""
-    handles = []
-    for group in wan.GROUPS:
-        seen = statistics.get(f"{unit}.{group.name}")
-        if seen is not None:
-            present = next(name for name in group.layers if _has(module, name))
-            handles.append(module.get_submodule(present).register_forward_pre_hook(_giving(seen)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _has(module: nn.Module, name: str) -> bool:
     return any(found == name for found, _ in module.named_modules())
-
-
-def _giving(statistics: InputStatistics) -> Any:
-    def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        statistics.update(args[0])
-
-    return look

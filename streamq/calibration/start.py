@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from streamq.calibration.store import CalibSet, check_content, open_set
@@ -16,6 +17,7 @@ from streamq.device import Device
 from streamq.errors import UsageError
 from streamq.journal import CACHE, Journal, source_times
 from streamq.plan import ExpertPlan, Plan, Unit
+from streamq.ranks import Ranks
 from streamq.savers.shard import disk_errors, sync_folder, write_whole
 from streamq.stages import Watcher
 
@@ -28,8 +30,8 @@ DOCUMENT, SUFFIX, MADE_BY = "calib.cache", ".cache", "made_by.cache"
 
 @contextmanager
 def open_replay(
-    plan: Plan, part: ExpertPlan, todo: list[Unit], device: Device, journal: Journal, watcher: Watcher
-) -> Iterator[Replay | None]:
+    plan: Plan, part: ExpertPlan, todo: list[Unit], device: Device, journal: Journal, watcher: Watcher, ranks: Ranks
+) -> Iterator[Replay | None]:  # fmt: skip
     """One expert's replay, at the block where an earlier run stopped; None for what needs no data.
 
     Raises UsageError for a set that is not what it says, and for a cache that does not hold what was committed.
@@ -47,13 +49,17 @@ def open_replay(
         folder.mkdir(exist_ok=True)
     sync_folder(folder.parent)
     with all_threads():
-        found = _inputs(plan, device, journal, watcher)
+        opened: list[CalibSet] = []
+        ranks.by_first(lambda: opened.append(_inputs(plan, device, journal, watcher)))
+        found = opened[0] if opened else _inputs(plan, device, journal, watcher)  # there by now
         inputs, dtype = found.experts[part.expert.name], TORCH_DTYPES[plan.calibration.dtype]
         with closing(Cache(folder, inputs, dtype, device, in_memory=plan.calibration.in_memory)) as cache:
             mine = {unit.key for unit in part.units}
             last = [commit for commit in journal.commits if commit.unit in mine]
-            cache.restore(last[-1].streams if last else {})
-            with closing(Replay(part.expert, plan.calibration, inputs, cache, device)) as replay:
+            state = last[-1].streams if last else {}
+            ranks.by_first(partial(cache.restore, state))
+            cache.adopt(state)
+            with closing(Replay(part.expert, plan.calibration, inputs, cache, device, ranks)) as replay:
                 replay.synthetic = list(found.document.get("synthetic", []))
                 yield replay
 

@@ -57,6 +57,14 @@ class Histogram:
             index.sub_(((tile < 0) & (index == 0)).float()).add_(BINS // 2)
             self.counts += torch.bincount(index.int().flatten(), minlength=BINS)
 
+    def merge(self, other: Histogram) -> None:
+        """Count what another one has counted, and double its limit to this one's if it is less."""
+        while self.limit < other.limit:
+            self._double()
+        while other.limit < self.limit:
+            other._double()
+        self.counts += other.counts.to(self.counts.device)
+
     def _double(self) -> None:
         merged = self.counts.view(-1, 2).sum(dim=1)
         self.counts.zero_()
@@ -125,52 +133,100 @@ class InputStatistics:
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """Take one sample's input [..., K], of any float dtype. Raises ValueError for another width or one too many."""
-        if x.shape[-1] != self.columns or self.samples == self.n_samples:
-            raise ValueError(f"sample {self.samples} of {self.n_samples} is {list(x.shape)}, not {self.columns} wide")
+        self.add(self.look(x, self.samples))
+
+    @torch.no_grad()
+    def look(self, x: Tensor, number: int) -> Sample:
+        """What the `number`-th sample's input [..., K], any float dtype, is to add. Raises ValueError as `update`."""
+        if x.shape[-1] != self.columns or number >= self.n_samples:
+            raise ValueError(f"sample {number} of {self.n_samples} is {list(x.shape)}, not {self.columns} wide")
         x = x.detach().reshape(-1, self.columns)
-        number, length = self.samples, x.shape[0]
-        self.samples += 1
+        zeros, length = torch.zeros(self.columns, device=self.device), x.shape[0]
         if not length:
-            return
+            return Sample(number, 0, zeros, zeros)
         # max and min of bf16 are exact, and reducing over rows is as fast as memory: no fp32 copy.
-        high, low = x.amax(dim=0).float(), x.amin(dim=0).float()
-        torch.maximum(self.columns_hi, high, out=self.columns_hi)
-        torch.minimum(self.columns_lo, low, out=self.columns_lo)
-        self.sample_amax[number] = torch.maximum(high, -low).amax()
-        self.count += length
+        seen = Sample(number, length, x.amax(dim=0).float(), x.amin(dim=0).float())
         if self._mean is not None:
-            self._add_mean(x)
+            seen.mean = _mean(x)
         if self.histogram is not None:
-            amax = float(torch.maximum(high, -low).amax())
+            amax = float(torch.maximum(seen.high, -seen.low).amax())
             if amax < float("inf"):  # a NaN compares false too
-                self.histogram.add(x, amax)
+                seen.histogram = Histogram(self.device)
+                seen.histogram.limit = self.histogram.limit  # to which it would be doubled anyway
+                seen.histogram.add(x, amax)
         if self.gram is not None:
-            self._add_gram(x, number)
+            seen.gram_rows = _chosen(x, self.wanted.gram_rows or length, number)
         if self.wanted.rows:
-            self._keep(x, number)
+            # Shares that add up to the total, also where there are more samples than rows.
+            total, n = self.wanted.rows, self.n_samples
+            seen.rows = _chosen(x, total * (number + 1) // n - total * number // n, number)
+        return seen
 
-    def _add_mean(self, x: Tensor) -> None:
-        assert self._mean is not None
-        total = torch.zeros_like(self._mean)
-        for tile in x.split(TILE_ROWS):
-            total += tile.float().abs().sum(dim=0)
-        # A running mean: its rounding error does not grow as that of a sum over millions of rows would.
-        count = torch.full((), float(x.shape[0]), device=x.device)
-        self._mean += total.div_(count).sub_(self._mean).mul_(x.shape[0] / self.count)
+    @torch.no_grad()
+    def add(self, seen: Sample) -> None:
+        """Take what was seen of a sample, here or by another process: in the order of samples, as sums round."""
+        if seen.number != self.samples:
+            raise ValueError(f"sample {seen.number} after {self.samples} others")
+        self.samples += 1
+        if not seen.length:
+            return
+        seen.to(self.device)
+        torch.maximum(self.columns_hi, seen.high, out=self.columns_hi)
+        torch.minimum(self.columns_lo, seen.low, out=self.columns_lo)
+        self.sample_amax[seen.number] = torch.maximum(seen.high, -seen.low).amax()
+        self.count += seen.length
+        if self._mean is not None and seen.mean is not None:
+            # A running mean: its rounding error does not grow as that of a sum over millions of rows would.
+            self._mean += seen.mean.sub_(self._mean).mul_(seen.length / self.count)
+        if self.histogram is not None and seen.histogram is not None:
+            self.histogram.merge(seen.histogram)
+        if self.gram is not None and seen.gram_rows is not None:
+            for part in seen.gram_rows.split(GRAM_TILE_ROWS):
+                rows = part.float()
+                self.gram.addmm_(rows.T, rows)
+            self.gram_count += len(seen.gram_rows)
+        if seen.rows is not None:
+            if self._rows is None:
+                self._rows = torch.empty(self.wanted.rows, self.columns, dtype=seen.rows.dtype, device=self.device)
+            self._rows[self._filled : self._filled + len(seen.rows)] = seen.rows
+            self._filled += len(seen.rows)
 
-    def _add_gram(self, x: Tensor, number: int) -> None:
-        assert self.gram is not None
-        chosen = spread(self.wanted.gram_rows or x.shape[0], x.shape[0], number)
-        for part in chosen.split(GRAM_TILE_ROWS):
-            rows = x[part.to(x.device)].float()
-            self.gram.addmm_(rows.T, rows)
-        self.gram_count += len(chosen)
 
-    def _keep(self, x: Tensor, number: int) -> None:
-        total, n = self.wanted.rows, self.n_samples
-        # Shares that add up to the total, also where there are more samples than rows.
-        chosen = spread(total * (number + 1) // n - total * number // n, x.shape[0], number)
-        if self._rows is None:
-            self._rows = torch.empty(total, self.columns, dtype=x.dtype, device=x.device)
-        self._rows[self._filled : self._filled + len(chosen)] = x[chosen.to(x.device)]
-        self._filled += len(chosen)
+@dataclass
+class Sample:
+    """What one sample's input [length, K] adds: high, low, mean: [K] fp32 max, min and mean |x| of its columns.
+
+    gram_rows, rows: those that enter the Gram matrix, and those that are kept, [m, K] in the input's dtype.
+    """
+
+    number: int
+    length: int
+    high: Tensor
+    low: Tensor
+    mean: Tensor | None = None
+    histogram: Histogram | None = None
+    gram_rows: Tensor | None = None
+    rows: Tensor | None = None
+
+    def to(self, device: torch.device) -> Sample:
+        """Itself, with its tensors moved."""
+        self.high, self.low = self.high.to(device), self.low.to(device)
+        for name in ("mean", "gram_rows", "rows"):
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, tensor.to(device))
+        if self.histogram is not None:
+            self.histogram.counts = self.histogram.counts.to(device)
+        return self
+
+
+def _mean(x: Tensor) -> Tensor:
+    """[K] fp32, of |x|."""
+    total = torch.zeros(x.shape[1], device=x.device)
+    for tile in x.split(TILE_ROWS):
+        total += tile.float().abs().sum(dim=0)
+    return total.div_(torch.full((), float(x.shape[0]), device=x.device))
+
+
+def _chosen(x: Tensor, count: int, number: int) -> Tensor:
+    """At most `count` rows of x, evenly spaced; x itself where that is all."""
+    return x if count >= x.shape[0] else x[spread(count, x.shape[0], number).to(x.device)]
