@@ -58,8 +58,8 @@ def kind_of(name: str) -> str:
     """
     if "," in name:
         raise UsageError(
-            f"--device {name}: one device a process; this version of streamq works on a single one, and several are"
-            " the business of `accelerate launch`"
+            f"--device {name}: one device a process; for {name.count(',') + 1} of them: accelerate launch --multi_gpu"
+            f" --num_processes {name.count(',') + 1} -m streamq quant ..."
         )
     if name != "auto":
         match = re.fullmatch(r"(cpu)|(cuda|npu)(:\d+)?", name)

@@ -15,7 +15,8 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ BLOCK_SIZE = {"Q8_0": (32, 34), "Q4_0": (32, 18)}
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 MAX_INDEX_BYTES = 64 << 20
 MAX_DIMENSIONS = 16
+AGAIN = "download this file again"
+_DOWNLOAD = re.compile(r"(?:make or )?download (?:it|them|both|(?:this|the) \w+)(?: again)?")
 PICKLE_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle"}
 SHARD_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 
@@ -273,8 +276,20 @@ def _check_tiling(path: Path, infos: Iterable[TensorInfo], start: int, size: int
         )
 
 
-def load_json(path: Path, limit: int) -> Any:
-    """Parse a JSON file of at most `limit` bytes. Raises UsageError, also for a key that stands twice in an object."""
+@contextmanager
+def advising(advice: str) -> Iterator[None]:
+    """Checks inside are of files that were made here, not downloaded: UsageError's advice becomes `advice`."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(_DOWNLOAD.sub(lambda _: advice, str(error))) from error
+
+
+def load_json(path: Path, limit: int, advice: str = AGAIN) -> Any:
+    """Parse a JSON file of at most `limit` bytes. Raises UsageError, also for a key that stands twice in an object.
+
+    advice: the next step, for a file that is damaged.
+    """
     try:
         size = path.stat().st_size
         if size > limit:
@@ -282,24 +297,24 @@ def load_json(path: Path, limit: int) -> Any:
         raw = path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; check the path and its permissions") from error
-    return parse_json(raw, str(path))
+    return parse_json(raw, str(path), advice)
 
 
-def parse_json(raw: bytes, where: str) -> Any:
-    """Parse strict UTF-8 JSON without repeated keys. Raises UsageError that starts with `where`."""
+def parse_json(raw: bytes, where: str, advice: str = AGAIN) -> Any:
+    """Parse strict UTF-8 JSON without repeated keys. Raises UsageError that starts with `where`, ends with `advice`."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
             seen: set[str] = set()
             twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-            raise UsageError(f"{where}: {twice!r} stands twice in one object; download this file again")
+            raise UsageError(f"{where}: {twice!r} stands twice in one object; {advice}")
         return result
 
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: not valid JSON ({error}); download this file again") from error
+        raise UsageError(f"{where}: not valid JSON ({error}); {advice}") from error
 
 
 class Source:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from streamq import __version__, preview
+from streamq import __version__, preview, ranks
 from streamq.errors import StreamqError, UsageError, nearest, out_of_memory
 from streamq.options import QuantOptions, given_size, parse_lora
 
@@ -208,18 +208,22 @@ def _quant(args: argparse.Namespace) -> int:
     from streamq.journal import discardable
     from streamq.planner import make_plan
 
-    options = _options(args)
+    options, peers = _options(args), args.ranks
+    if args.preview and peers.count > 1:
+        raise UsageError(f"--preview with {peers.count} processes: give it to streamq eval afterwards, in one")
     preview.check(args, options)
     plan = make_plan(options, download=True)
-    if not options.quiet and not options.json:
-        display.show_plan(plan)
-    display.warn(plan.warnings)
     doomed = sorted(path.name for path in discardable(options.save_path)) if options.overwrite else []
-    if doomed:
-        display.warn([f"--overwrite discards {len(doomed)} files in {options.save_path}: {', '.join(doomed[:5])}"])
-    figures = _run(plan)
-    if figures is None:
-        return 130
+    if peers.first:
+        if not options.quiet and not options.json:
+            display.show_plan(plan)
+        display.warn(plan.warnings)
+        if doomed:
+            display.warn([f"--overwrite discards {len(doomed)} files in {options.save_path}: {', '.join(doomed[:5])}"])
+    figures = _run(plan, peers)
+    ranks.disconnect(peers)
+    if not peers.first:
+        return 0
     if args.preview:
         figures["report"] = str(preview.show(args, options, [target.name for target in plan.targets]))
     if options.json:
@@ -229,8 +233,8 @@ def _quant(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run(plan: Plan) -> dict[str, Any] | None:
-    """What was done; None: interrupted. Everything from here on needs torch."""
+def _run(plan: Plan, peers: ranks.Ranks) -> dict[str, Any]:
+    """What was done. Everything from here on needs torch."""
     from streamq import display
 
     torch = _import_torch()
@@ -238,23 +242,24 @@ def _run(plan: Plan) -> dict[str, Any] | None:
     from streamq.device import open_device
 
     options = plan.options
-    device, began = open_device(options.device), time.monotonic()
+    device, began = open_device(peers.device(options.device)), time.monotonic()
     try:
-        with display.Display(device, quiet=options.quiet) as watcher:
-            manifest = pipeline.run(plan, device, watcher)
+        with display.Display(device, quiet=options.quiet) if peers.first else display.Silent() as watcher:
+            if peers.count > 1:
+                watcher.said(f"{peers.count} processes, budgets are for each")
+            manifest = pipeline.run(plan, device, watcher, peers)
     except KeyboardInterrupt:
         how = "the same command resumes" if options.resume else "the same command without --no_resume resumes"
-        print(f"error: interrupted; what is committed in {options.save_path} is kept, {how}", file=sys.stderr)
-        return None
+        raise KeyboardInterrupt(f"what is committed in {options.save_path} is kept, {how}") from None
     except (MemoryError, torch.OutOfMemoryError) as error:
         advice = "committed blocks are kept: run the same command with --read_ahead 0, or a smaller budget"
         raise out_of_memory(error, f"{advice} (--max_host_memory, --max_device_memory)") from error
     if manifest is None:
-        if not options.json:
+        if not options.json and peers.first:
             print(f"already done: {options.save_path} is complete and intact")
         return {"status": "already done", "save_path": str(options.save_path), "plan": plan.hash}
     figures = display.summary(plan, manifest, device, time.monotonic() - began)
-    if not options.json and not options.quiet:
+    if not options.json and not options.quiet and peers.first:
         display.show_summary(figures)
     return figures
 
@@ -408,7 +413,7 @@ def _interrupt(*_: object) -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     given = [_underscores(argument) for argument in (sys.argv[1:] if argv is None else argv)]
-    debug = "--debug" in given
+    debug, peers = "--debug" in given, ranks.ALONE
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
@@ -417,11 +422,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 stream.reconfigure(errors="replace")  # a terminal that cannot show a box must not end the run
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _interrupt)
-        args = _parser().parse_args(given)
+        peers = ranks.connect()  # if a launcher started several
+        args = _parser().parse_args(given, argparse.Namespace(ranks=peers))
+        if peers.count > 1 and args.command != "quant":
+            raise UsageError(
+                f"streamq {args.command} with {peers.count} processes: only quant divides its work; run one"
+            )
         _check_texts(args)
         return COMMANDS[args.command](args)
     except KeyboardInterrupt as stop:
-        print("; ".join(["error: interrupted", *map(str, stop.args)]), file=sys.stderr)
+        _tell("; ".join(["interrupted", *map(str, stop.args)]), peers)
         return 130
     except BrokenPipeError:  # `streamq inspect | head`
         sys.stderr.close()
@@ -430,8 +440,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         status, message = _explain(error)
-        print("error: " + " ".join(message.split()), file=sys.stderr)
+        _tell(" ".join(message.split()), peers)
         return status
+
+
+def _tell(message: str, peers: ranks.Ranks) -> None:
+    """One line of error a run, however many processes it has."""
+    own = peers.speaks()
+    print(f"error: {message}" if own else f"process {peers.number} stopped: another one had to", file=sys.stderr)
 
 
 def _explain(error: Exception) -> tuple[int, str]:

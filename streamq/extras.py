@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+from collections.abc import Mapping
 from typing import Any
 
 from streamq.errors import UsageError
+
+
+def check_there(modules: Mapping[str, str], extra: str) -> None:
+    """Raise `require`'s UsageError for what is not installed, without importing what is. modules: name -> why."""
+    for module, why in modules.items():
+        if importlib.util.find_spec(module) is None:
+            require(module, why, extra)
 
 
 def require(module: str, why: str, extra: str = "calib") -> Any:

@@ -9,7 +9,7 @@ from streamq.calibration import plan as calibrations
 from streamq.calibration.plan import CalibPlan
 from streamq.checkpoint import DTYPE_SIZE
 from streamq.device import MiB
-from streamq.errors import UsageError
+from streamq.errors import UsageError, format_bytes
 from streamq.options import QuantOptions
 from streamq.plan import DEVICE_SCRATCH, ExpertPlan, host_fixed
 from streamq.quantized import Scheme
@@ -43,7 +43,12 @@ def check_budgets(on_host: int | None, on_device: int | None, needs: tuple[int, 
     budgets = (("--max_host_memory", on_host), ("--max_device_memory", on_device))
     for (option, budget), need in zip(budgets, needs, strict=True):
         if budget is not None and need > budget:
-            raise UsageError(f"{option}: a budget of {budget} bytes, but {text.format(need)}")
+            raise UsageError(f"{option}: a budget of {_spelt(budget)}, but {text.format(_spelt(need))}")
+
+
+def _spelt(count: int) -> str:
+    """`5000000000 bytes (5 GB)`."""
+    return f"{count} bytes ({format_bytes(count)})"
 
 
 def beside_nbytes(parts: tuple[ExpertPlan, ...], read_ahead: int, kind: str) -> int:
@@ -109,7 +114,7 @@ def arena_nbytes(
                 "the largest layer" if calibration is None else "a block; fewer tokens a sample (size, frame_num) help"
             )
             raise UsageError(
-                f"{option}: a budget of {budget} bytes, but the least that this run can do with is {need}"
+                f"{option}: a budget of {_spelt(budget)}, but the least that this run can do with is {_spelt(need)}"
                 f" ({fixed} before the first weight, {need - fixed} for {what}); raise the budget"
             )
         if holds_arena:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from streamq import hub, wan
-from streamq.checkpoint import Checkpoint, SourceFile, TensorInfo, read_header
+from streamq.checkpoint import Checkpoint, SourceFile, TensorInfo, advising, read_header
 from streamq.errors import UsageError
 from streamq.journal import MANIFEST, read_manifest
 from streamq.savers import Format, formats, gguf_file
@@ -39,7 +39,8 @@ class Output:
         files: list[SourceFile] = []
         tensors: dict[str, TensorInfo] = {}
         for number, path in enumerate(sorted(self.folder.glob(f"*.{self.format.CONTAINER}"))):
-            file, infos = header_of(path, self.folder, number)
+            with advising(anew(self.folder)):
+                file, infos = header_of(path, self.folder, number)
             files.append(file)
             for info in infos:
                 if info.name in tensors:
@@ -49,10 +50,21 @@ class Output:
                 tensors[info.name] = info
         return Checkpoint(self.folder, tuple(files), tensors)
 
+    def layers(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """Native layer name -> type, "float" for those left alone. Raises UsageError for a document that is damaged."""
+        with advising(anew(self.folder)):
+            return self.format.layers_in(self.folder, checkpoint.tensors)
+
+    def problems(self, checkpoint: Checkpoint) -> list[str]:
+        """What the format's runtime would trip over. Raises UsageError for a document that is damaged."""
+        with advising(anew(self.folder)):
+            return self.format.problems(self.folder, checkpoint.tensors)
+
     def model(self, checkpoint: Checkpoint) -> wan.Model:
         """The model whose tensors these are, the format's own left out. Raises UsageError if it is not a whole Wan."""
         plain = {name: replace(info, name=name) for name, info in self.floats(checkpoint).items()}
-        return wan.describe(Checkpoint(self.folder, checkpoint.files, plain), quantized=True)
+        with advising(anew(self.folder)):
+            return wan.describe(Checkpoint(self.folder, checkpoint.files, plain), quantized=True)
 
     def floats(self, checkpoint: Checkpoint) -> dict[str, TensorInfo]:
         """Native name of a float model's tensor -> what is stored for it, with the float tensor's shape."""
@@ -61,6 +73,12 @@ class Output:
             if (name := self.format.float_name(stored)) is not None:
                 found[name] = replace(info, shape=self.format.float_shape(stored, info.dtype, info.shape))
         return found
+
+
+def anew(folder: Path) -> str:
+    """What to do about a damaged folder: one that streamq wrote is made anew, another tool's is not ours to make."""
+    ours = any((place / MANIFEST).is_file() for place in (folder, folder.parent, folder.parent.parent))
+    return "make it anew with streamq quant --overwrite" if ours else "copy it, or make it, again"
 
 
 def header_of(path: Path, root: Path, number: int = 0) -> tuple[SourceFile, list[TensorInfo]]:
@@ -144,7 +162,7 @@ def _inspect_output(path: Path, found: list[Output]) -> dict[str, Any]:
         prefixed = prefixed or any(name.startswith(wan.COMFYUI_PREFIX) for name in checkpoint.tensors)
         prefix = f"{output.label}/" if output.label else ""
         shown = f"{output.shown}/" if output.shown else ""
-        kinds = output.format.layers_in(output.folder, checkpoint.tensors)
+        kinds = output.layers(checkpoint)
         model = output.model(checkpoint)
         experts.append(wan.Expert(output.expert, model))
         inside = {linear.native for linear in model.linears}

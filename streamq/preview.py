@@ -12,12 +12,12 @@ from typing import Any
 
 from streamq.errors import UsageError
 from streamq.evaluation import command
-from streamq.extras import require
+from streamq.extras import check_there
 from streamq.options import QuantOptions
 
 FOLDER = "preview"  # below SAVE_PATH
 PASSED_ON = ("size", "frame_num", "sample_steps")
-NEEDED = ("av", "cv2", "jinja2", "scipy", "transformers")
+NEEDED = ("transformers",)  # besides what eval asks for
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -38,22 +38,25 @@ def check(args: argparse.Namespace, options: QuantOptions) -> None:
         return
     if options.lora:
         raise UsageError("--preview: the float model is shown without LoRAs; use streamq generate on a merged model")
-    for module in NEEDED:
-        require(module, "--preview", "eval")
     from streamq.calibration.settings import parse_video_size
     from streamq.evaluation.evaluate import REFERENCE
-    from streamq.evaluation.make import names_of
+    from streamq.evaluation.make import check_different, names_of
     from streamq.generation import GenerateSettings
     from streamq.generation.prepare import prepare
+    from streamq.generation.settings import check_prompts
 
+    check_there(dict.fromkeys(NEEDED, "--preview"), "eval")
+    check_prompts(args.preview, "--preview")
+    check_different(args.preview, "--preview")
     names_of([options.save_path], "--save_path")
+    command.check(_given(args, options, [options.save_path]))  # a run for several formats calls them by these
     size = args.preview_size
     try:
         prepare(
             GenerateSettings(
                 model_path=options.model_path, save_path=options.save_path / FOLDER / REFERENCE, device=options.device,
                 prompts=tuple(args.preview), size=None if size is None else parse_video_size(size),
-                frame_num=args.preview_frame_num, sample_steps=args.preview_sample_steps,
+                frame_num=args.preview_frame_num, sample_steps=args.preview_sample_steps, overwrite=options.overwrite,
             )
         )  # fmt: skip
     except UsageError as error:  # it knows the options by the names that generate has for them
@@ -81,4 +84,5 @@ def _given(args: argparse.Namespace, options: QuantOptions, folders: list[Path])
         if (value := getattr(args, f"preview_{name}")) is not None:
             argv += [f"--{name}", value]
     argv += ["--device", options.device, *["--quiet"] * (options.quiet or options.json)]
+    argv += ["--overwrite"] * options.overwrite  # videos of what was there before
     return parser.parse_args([str(one) for one in argv])

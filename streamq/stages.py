@@ -100,7 +100,7 @@ class Lane:
 
     def submit(self, job: Callable[..., Any], *args: Any) -> None:
         """Begin a job that nobody waits for, once fewer than `depth` are outstanding. Raises an earlier one's error."""
-        while self._outstanding and len(self._outstanding) >= self.depth:
+        while self._outstanding and (self._failed or len(self._outstanding) >= self.depth):
             self._outstanding.popleft().result()
         self._outstanding.append(self.start(job, *args))
 
@@ -142,6 +142,12 @@ class Team:
 
 
 def results(begun: Sequence[Future[T]]) -> list[T]:
-    """What jobs came to. Raises a job's error, once none is at work any more: their memory is theirs until then."""
+    """What jobs came to. Raises a job's error, once none is at work any more: their memory is theirs until then.
+
+    Of several errors not one that only says that something else has failed.
+    """
     wait(begun)
+    errors = [error for job in begun if (error := job.exception()) is not None]
+    if errors:
+        raise min(errors, key=lambda error: isinstance(error, CancelledError))
     return [job.result() for job in begun]

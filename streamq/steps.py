@@ -217,7 +217,8 @@ def _ended(
         for number, values in ((0, layer.scales), (0, layer.zeros), (1, layer.bias)):
             if values is not None and not torch.isfinite(values).all():
                 raise damaged(step.sources[number], work)
-        block.layers.setdefault(step.name, layer)
+        if block.seen is not None:  # what comes next is made with them
+            block.layers.setdefault(step.name, layer)
     return found
 
 

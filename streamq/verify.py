@@ -151,7 +151,7 @@ def _changed_tensors(path: Path, expected: dict[str, str]) -> list[str]:
 def _check_format(output: outputs.Output, checkpoint: Checkpoint, report: Report) -> bool:
     """False if a document of it cannot be read, so that nothing else can be told."""
     prefix = f"{output.label}: " if output.label else ""
-    found = _checked(report, lambda: output.format.problems(output.folder, checkpoint.tensors))
+    found = _checked(report, lambda: output.problems(checkpoint))
     if found is None:
         return False
     report.problems += [prefix + problem for problem in found]

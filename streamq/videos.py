@@ -24,6 +24,7 @@ from streamq.savers.shard import PARTIAL, disk_errors, publish, write_whole
 MARK = "streamq_video"  # a key that tells a sidecar from other JSON files, and the version of its form
 VERSION = 1
 MAX_SIDECAR_BYTES = 4 << 20
+AGAIN = "make the video again with streamq generate"
 THREADS = 2  # x264's bytes depend on the number of its threads, so the machine must not choose it
 OPEN_OPTIONS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,gif,avi", "protocol_whitelist": "file"}
 
@@ -163,7 +164,7 @@ def write_sidecar(path: Path, sidecar: Sidecar) -> None:
 
 def read_sidecar(path: Path) -> Sidecar:
     """A video's JSON. Raises UsageError for another kind of JSON, a field too few, or a file that is not beside it."""
-    document = load_json(path, MAX_SIDECAR_BYTES)
+    document = load_json(path, MAX_SIDECAR_BYTES, AGAIN)
     if not _is_sidecar(document):
         raise UsageError(f"{path}: not the JSON of a video ({MARK} is missing); streamq generate writes them")
     if document[MARK] != VERSION:
@@ -205,7 +206,16 @@ def find_videos(folder: Path) -> list[tuple[Path, Sidecar]]:
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; streamq generate makes one with videos in it")
     found = sorted(path for path in folder.glob("*.json") if path.is_file())
-    return [(path, read_sidecar(path)) for path in found if _is_sidecar(load_json(path, 1 << 30))]
+    return [(path, read_sidecar(path)) for path in found if _is_sidecar(load_json(path, 1 << 30, AGAIN))]
+
+
+def lost_sidecar(path: Path) -> str | None:
+    """What is wrong where `path` should be a video's JSON, and its video is there; None where there is no video."""
+    video = next((path.with_suffix(kind) for kind in (".mkv", ".mp4") if path.with_suffix(kind).is_file()), None)
+    if video is None:
+        return None
+    what = f"not the JSON of a video ({MARK} is missing), beside" if path.is_file() else "missing beside"
+    return f"{path}: {what} {video.name}, so nothing is known of that video; {AGAIN}"
 
 
 def pixel_file(path: Path, sidecar: Sidecar) -> Path:

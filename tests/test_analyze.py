@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 
 from streamq import cli, wan
 from streamq.analysis import measure, plots
-from streamq.analysis.prepare import AnalyzeSettings, prepare
+from streamq.analysis.prepare import DEFAULT_TYPES, AnalyzeSettings, prepare
 from streamq.calibration import plan as calibrations
 from streamq.errors import UsageError
 
@@ -227,12 +228,13 @@ def test_vace_blocks(tiny: Tiny, tmp_path: Path) -> None:
         (["--quant_type", "w8a8,w4a16", "--max_size", "1GB"], "none has all of w8a8, w4a16"),
         (["--quant_type", "w4a4f8"], "quantizes attention"),
         (["--quant_type", "w8a8", "--max_size", "1KB"], "the smallest that w8a8 makes"),
-        (["--quant_type", "w8a8", "--max_host_memory", "1MiB"], "a budget of 1048576 bytes"),
+        (["--quant_type", "w8a8", "--max_host_memory", "1MiB"], "a budget of 1048576 bytes (1.05 MB), but"),
         (["--quant_type", "w8a8", "--calib", "nowhere"], "nowhere: no calib.json"),
         (["--top_k", "-1"], "--top_k -1"),
         (["--device", "tpu"], "--device tpu: unknown"),
         (["--device", "npu", "--quant_type", "w8a8"], "--device npu"),
-        (["--max_error", "0.1"], "none has all of w8a8, fp8"),
+        (["--quant_type", "fp8,w8a16,gone", "--max_error", "0.1"], "gone: no such type"),
+        (["--quant_type", "w8a8,w8a16,w4a16", "--max_error", "0.1"], "--format diffusers --quant_type w8a8,w8a16"),
     ],
 )
 def test_wrong_uses(model: Path, tmp_path: Path, options: list[str], says: str) -> None:
@@ -240,6 +242,23 @@ def test_wrong_uses(model: Path, tmp_path: Path, options: list[str], says: str) 
     assert ended.returncode == 2
     check_error(ended, says)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_without_types_or_a_format(model: Path, inputs: Path, tmp_path: Path) -> None:
+    """The format that has most of the default types, MindIE's where several have as many."""
+    settings = AnalyzeSettings(str(model), tmp_path / "out", calib=inputs, max_error=0.1, device="cpu")
+    job = prepare(settings)
+    assert job.form == "mindie" and {one.recipe.name for one in job.candidates} <= set(DEFAULT_TYPES)
+    assert len(job.candidates) > 1 and "no --format: the recipe is for mindie" in job.notes[0]
+    assert prepare(replace(settings, max_error=None)).form is None  # figures alone need none
+
+
+def test_a_folder_that_cannot_be_had(model: Path, inputs: Path) -> None:
+    out = Path("/proc/streamq")
+    ended = run("analyze", "--model_path", model, "--save_path", out, "--calib", inputs, "--quant_type", "w8a8",
+                "--device", "cpu")  # fmt: skip
+    assert ended.returncode == 2
+    check_error(ended, f"--save_path {out}", "no files can be made in it|cannot be written to")
 
 
 def test_models_that_cannot_be_run(tiny: Tiny, tmp_path: Path) -> None:

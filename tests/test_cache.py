@@ -29,7 +29,7 @@ from streamq.plan import DISK_RESERVE
 from streamq.planner import make_plan
 from streamq.wan.blocks import flow
 
-pytestmark = pytest.mark.xdist_group("cache")  # one process makes what all of them look at
+pytestmark = pytest.mark.xdist_group("calibrated")  # one process makes what all of them look at
 
 SET = ("--num_samples", "3", "--time_bins", "2", "--size", "64*64", "--frame_num", "5")
 

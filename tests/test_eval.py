@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ import pytest
 from conftest import check_error, run
 from eval_kit import clip_of, noisy, write_video
 
-from streamq.evaluation.tables import to_csv, worse
+from streamq.calibration.make import at_work
+from streamq.evaluation.evaluate import Results
+from streamq.evaluation.tables import show, to_csv, worse
 
 CSVS = ("fidelity_per_video.csv", "fidelity_summary.csv", "clip_temporal_per_video.csv", "clip_temporal_summary.csv",
         "motion_summary.csv")  # fmt: skip
@@ -362,6 +366,88 @@ def test_what_cannot_be_made(tmp_path: Path, more: tuple[str, str], says: str) -
     assert result.returncode == 2
     check_error(result, says)
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("whose", ["int8", "float"])
+@pytest.mark.parametrize("damage", ["missing", "[]", "cut"])
+def test_a_lost_sidecar_is_named_and_not_its_partner(videos: Path, tmp_path: Path, whose: str, damage: str) -> None:
+    for name in ("float", "int8"):
+        shutil.copytree(videos / name, tmp_path / name)
+    lost = tmp_path / whose / "0001-seed0.json"
+    if damage == "missing":
+        lost.unlink()
+    else:
+        lost.write_text("[]" if damage == "[]" else lost.read_text()[:50])
+    result = run("eval", "--reference", tmp_path / "float", "--candidate", tmp_path / "int8", "--metrics", "psnr")
+    assert result.returncode == 2
+    word = {"missing": "missing beside 0001-seed0.mkv", "[]": "not the JSON of a video", "cut": "not valid JSON"}[
+        damage
+    ]
+    check_error(result, f"error: {lost}: {word}", "make the video again with streamq generate")
+    assert not (tmp_path / "eval").exists()
+
+
+def test_a_folder_whose_videos_have_all_lost_their_json(videos: Path, tmp_path: Path) -> None:
+    shutil.copytree(videos / "int8", tmp_path / "int8", ignore=shutil.ignore_patterns("*.json"))
+    result = run("eval", "--reference", videos / "float", "--candidate", tmp_path / "int8")
+    check_error(result, f"error: {tmp_path / 'int8' / '0000-seed0.json'}: missing beside 0000-seed0.mkv")
+
+
+@pytest.mark.parametrize(("module", "more", "says"), [
+    ("jinja2", (), "the report needs jinja2"), ("matplotlib", (), "heat maps needs matplotlib"),
+    ("cv2", ("--no_report", "--metrics", "motion"), "motion needs cv2"), ("av", ("--no_report",), "needs av"),
+])  # fmt: skip
+def test_a_missing_package_is_told_before_a_video_is_read(
+    videos: Path, monkeypatch: pytest.MonkeyPatch, module: str, more: tuple[str, ...], says: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr("streamq.evaluation.evaluate.evaluate", None)
+    result = run("eval", "--reference", videos / "float", "--candidate", videos / "int8", *more)
+    assert result.returncode == 2
+    check_error(result, says, 'pip install "streamq[eval]"')
+
+
+@pytest.mark.parametrize(("place", "says"), [("/proc/streamq", "no files can be made|cannot be written"),
+                                             ("", "another run is at work")])  # fmt: skip
+def test_a_folder_that_cannot_be_had_is_told_before_the_work(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, says: str
+) -> None:
+    monkeypatch.setattr("streamq.evaluation.evaluate.evaluate", None)
+    out = Path(place or tmp_path / "out")
+    with nullcontext() if place else at_work(out):
+        result = run("eval", "--reference", videos / "float", "--candidate", videos / "int8", "--save_path", out)
+    assert result.returncode == 2
+    check_error(result, f"--save_path {out}", says)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("prompts", "says"), [(("",), "--prompt '': empty"), (("a", "a"), "'a' stands twice")])
+def test_prompts_that_make_no_pairs(tmp_path: Path, prompts: tuple[str, ...], says: str) -> None:
+    (tmp_path / "w8a8").mkdir()
+    given = [one for prompt in prompts for one in ("--prompt", prompt)]
+    result = run("eval", "--model_path", tmp_path, "--transformer", tmp_path / "w8a8", "--save_path", tmp_path / "o",
+                 *given)  # fmt: skip
+    assert result.returncode == 2
+    check_error(result, says)
+
+
+def test_the_terminal_says_which_way_is_better(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("psnr_video", "mae", "flicker", "flicker_diff", "clip_t_diff", "vbench_x")
+    found = {"low": None, "high": None, "mean": 1.0, "count": 30, "noise_floor": None, "within_noise": None}
+    rows = [{"candidate": "c", "metric": name, "p_value": None} | found for name in names]
+    show(Results(summary=rows), ["c"])
+    said = capsys.readouterr().out
+    for line in ("psnr_video ↑ ", "mae ↓ ", "flicker = ", "flicker_diff 0 ", "clip_t_diff ↑ ", "vbench_x  "):
+        assert line in said, said
+    assert "↑ higher is better, ↓ lower is better" in said
+
+
+@pytest.mark.parametrize("command", ["generate", "eval", "analyze"])
+def test_help_says_what_it_is_for_with_two_examples(command: str) -> None:
+    found = run(command, "--help").stdout
+    examples = found.partition("\nexamples:\n")[2]
+    assert examples.count(f"    streamq {command} --") == 2
+    assert len(found.partition("\n\n")[2].split("\n\n")[0].split()) > 15  # the description behind the usage
 
 
 def test_csv_cells() -> None:

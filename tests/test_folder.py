@@ -349,7 +349,7 @@ def test_already_done(runs: Runs, works: Works, tmp_path: Path, more: list[str])
     assert (snapshot(out), stamps(out)) == before
 
 
-@pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
+@pytest.mark.parametrize("how", ["flipped", *(pytest.param(how, marks=pytest.mark.slow) for how in ("cut", "gone"))])
 def test_finished_but_damaged(runs: Runs, works: Works, tmp_path: Path, how: str) -> None:
     work, out = works("small", "--format", BOTH), tmp_path / "out"
     assert runs(work.argv(out)).status == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from PIL import Image
 from pipeline_kit import make_pipeline
 from safetensors.torch import load_file
 
+from streamq.calibration.make import at_work
 from streamq.device.cpu import CPU
 from streamq.generation import GenerateSettings, generate, make
 from streamq.generation.budget import outlook
@@ -285,6 +287,12 @@ REFUSED: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
     "twice": (("--seeds", "1,1"), ("none of them twice",)),
     "budget": (("--max_host_memory", "1MiB"), ("--max_host_memory", "are needed")),
     "both": (("--prompts", "x.txt"), ("give one of them",)),
+    "no height": (("--size", "64*0"), ("--size 64*0: the height is 0",)),
+    "no size": (("--size", ""), ("--size '': empty", "832*480")),
+    "huge": (("--size", "1000000*1000000"), ("a width of 1000000 pixels", "32768 at most")),
+    "too wide": (("--size", "20000*64"), ("20000 pixels is 1250 tokens", "positions for 1024 (16384 pixels)")),
+    "too long": (("--frame_num", "4097"), ("1024 latent frames (4093)",)),
+    "no words": (("--prompt", " "), ("--prompt '': empty",)),
 }
 
 
@@ -296,6 +304,28 @@ def test_refused(tmp_path: Path, run: Callable[..., Result], case: str) -> None:
     assert result.returncode == 2, result.stderr
     check_error(result, *says)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("place", "says"), [
+    ("/proc/streamq/videos", "no files can be made in it|cannot be written to"),
+    ("", "another run is at work on it"),
+])  # fmt: skip
+def test_a_folder_that_cannot_be_had_is_told_before_anything_is_loaded(
+    tmp_path: Path, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, place: str, says: str
+) -> None:
+    monkeypatch.setattr(make, "make_videos", None)
+    out = Path(place or tmp_path / "out")
+    with nullcontext() if place else at_work(out):
+        result = run("generate", "--model_path", TOY, "--save_path", out, "--prompt", PROMPT, *SMALL)
+        assert result.returncode == 2
+        check_error(result, f"--save_path {out}", says)
+        assert place or list(tmp_path.iterdir()) == [out]
+    assert not out.exists()
+
+
+def test_an_empty_negative_prompt_is_fine(tmp_path: Path) -> None:
+    settings = GenerateSettings(str(TOY), tmp_path / "out", (PROMPT,), negative_prompt="", size=(64, 64), device="cpu")
+    assert prepare(settings).videos[0].pair["negative_prompt"] == ""
 
 
 def test_refused_models(toy: Path, tmp_path: Path, run: Callable[..., Result]) -> None:

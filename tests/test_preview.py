@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
+from streamq import preview
 from streamq.cli import main
+from streamq.options import QuantOptions
 
 TOY = Path(__file__).parent / "assets" / "toy_wan"
 SMALL = ["--preview_size", "32*32", "--preview_frame_num", "5", "--preview_sample_steps", "2"]
@@ -46,6 +50,10 @@ def test_the_pair_and_the_page_for_each_format(tmp_path: Path, capsys: pytest.Ca
         (["--preview", "a", "--preview_size", "60*64"], "--preview_size 60*64: both must be multiples of"),
         (["--preview", "\udcff"], "--preview: not UTF-8"),
         (["--preview", "a", "--preview_frame_num", "6"], "4n + 1"),
+        (["--preview", "a", "--preview_size", "64*0"], "--preview_size 64*0: the height is 0"),
+        (["--preview", "a", "--preview_size", ""], "--preview_size '': empty"),
+        (["--preview", ""], "--preview '': empty"),
+        (["--preview", "a", "--preview", "a"], "--preview: 'a' stands twice"),
         (["--preview", "a", "--preview_sample_steps", "0"], "--preview_sample_steps 0"),
     ],
 )
@@ -55,6 +63,24 @@ def test_wrong_use_is_refused_before_anything_is_written(
     save = tmp_path / "out"
     assert main([*QUANT, "--model_path", str(TOY), "--save_path", str(save), *extra]) == 2
     assert words in capsys.readouterr().err and not save.exists()
+
+
+@pytest.mark.parametrize("module", ["av", "cv2", "jinja2", "matplotlib", "scipy", "transformers"])
+def test_what_eval_needs_is_asked_for_before_the_quantization(
+    module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    save = tmp_path / "out"
+    assert main([*QUANT, "--model_path", str(TOY), "--save_path", str(save), "--preview", "a", *SMALL]) == 2
+    assert f"needs {module}" in capsys.readouterr().err and not save.exists()
+
+
+def test_what_is_overwritten_has_its_preview_made_anew(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    preview.add_options(parser)
+    options = QuantOptions(str(TOY), tmp_path / "out", overwrite=True)
+    given = preview._given(parser.parse_args(["--preview", "a"]), options, [tmp_path / "out"])
+    assert given.overwrite and given.transformer == [tmp_path / "out"] and given.prompt == ["a"]
 
 
 def test_a_transformer_alone_makes_no_video(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -255,13 +255,40 @@ def test_numbers_of_the_headline_and_the_tables(page: Page) -> None:
     assert [card["attrs"]["aria-label"] for card in cards] == ["w8a8", "w4a16"]
     said = " ".join(cards[1]["text"].split())
     for part in ("w8a8 in 10 layers, float in 3 layers", "2.50× smaller", "1 MB → 400 KB",
-                 "49.00 dB", "48.50 … 49.50", "2 pairs",
+                 "49.00 dB", "48.50 … 49.50", "rough: 2 pairs",
                  "noise floor 88.00", "40 % of float's bytes"):  # fmt: skip
         assert part in said, part
     whole = " ".join(page.all("main")[0]["text"].split())
     assert "flicker less float's flicker" in whole and "−0.001" in whole
     assert "config_id: w8a8" in whole and "abababababab" in whole and "clip_t left out" in whole
     assert "host memory" in whole and "device memory" not in whole  # nobody has a number for it
+
+
+def test_few_pairs_are_said_to_be_rough() -> None:
+    row = {"metric": "ssim", "low": 0.9, "high": 1.0, "count": 2}
+    assert tables.counted(row) == "rough: 2 pairs" and tables.counted(row | {"count": 20}) == "20 pairs"
+    assert tables.counted({"count": 1}) == "1 pair" and tables.counted({}) == ""  # a single pair has no interval
+
+
+def test_curves_have_one_scale_and_say_their_axes(text: str) -> None:
+    """w4a16 is two levels of red off: the mean over channels is 2 / 3, the highest of the page."""
+    levels = r'<div class="up" aria-hidden="true"><span>(.*?)</span><span>(.*?)</span>'
+    assert re.findall(levels, text) == [("0.667", "0")] * 2
+    along = r'<div class="along" aria-hidden="true"><span>(.*?)</span><span>(.*?)</span>'
+    assert re.findall(along, text) == [("frame 1", "5")] * 2
+    one = data(2)
+    for candidate in one.candidates:  # the second pair gets no difference: the scale of the page stays
+        candidate.clips[1] = one.reference[1]
+    text = build(one)
+    assert re.findall(levels, text) == [("0.667", "0")] * 2
+    lines = re.findall(r'<path class="thread s[01]" d="M0.0 ([0-9.]+)', text)[:4]
+    assert lines == ["25.00", "2.00", "48.00", "48.00"]  # half, all, none, none of the axis from 48 to 2
+
+
+def test_metrics_say_which_way_is_better(page: Page) -> None:
+    rows = [" ".join(e["text"].split()) for e in page.all("th", scope="rowgroup")]
+    due = ("psnr_video higher is better", "ssim higher is better", "flicker_diff best at 0")
+    assert len(rows) == len(due) and all(row.startswith(text) for row, text in zip(rows, due, strict=True))
 
 
 def test_other_projects_limits_are_judged_by_the_means() -> None:

@@ -57,10 +57,9 @@ from resume_kit import (
     ("model", "formats", "read_ahead"),
     [
         ("large", "mindie", 0),
-        ("large", BOTH, 1),
         ("large", BOTH, 3),
-        ("large_pair", BOTH, 1),
-        ("large_pair", "mindie", 3),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("large", BOTH, 1), ("large_pair", BOTH, 1)]),
+        pytest.param("large_pair", "mindie", 3, marks=pytest.mark.slow),
     ],
 )
 def test_killed_at_random(runs: Runs, works: Works, tmp_path: Path, model: str, formats: str, read_ahead: int) -> None:
@@ -93,7 +92,7 @@ def test_killed_as_a_process(works: Works, tmp_path: Path) -> None:
     work = works("large", "--format", BOTH)
     out, rng, kills = tmp_path / "out", random.Random(f"{SEED} process"), 0
     command = [sys.executable, "-m", "streamq", *work.argv(out)]
-    while kills < max(3, KILLS // 8):
+    while kills < max(2, KILLS // 8):
         if (out / MANIFEST).exists():
             shutil.rmtree(out)
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -115,14 +114,16 @@ def test_killed_as_a_process(works: Works, tmp_path: Path) -> None:
 # 2. Killed at every call that changes the folder.
 
 
-def test_killed_at_every_call(runs: Runs, works: Works, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [45, pytest.param(1000, marks=pytest.mark.slow)], ids=["some", "every"])
+def test_killed_at_every_call(runs: Runs, works: Works, tmp_path: Path, count: int) -> None:
     work = works("small", "--format", "mindie", "--read_ahead", 0)
     names = [call.split()[0] for call in work.calls]
     assert set(names) >= {"mkdir", "open", "posix_fallocate", "pwrite", "fdatasync", "write", "fsync"}
     assert set(names) >= {"fchmod", "replace", "write_bytes", "unlink"}
     faults = [Fault("before", number) for number in range(1, len(names) + 1)]
     faults += [Fault("half", number) for number, name in enumerate(names, 1) if name in HALVED]
-    problems = sweep(runs, work, tmp_path, [*faults, Fault("after", len(names))], was_killed)
+    faults = [*some(faults, count), Fault("after", len(names))]
+    problems = sweep(runs, work, tmp_path, faults, was_killed)
     assert not problems, report(problems)
 
 
@@ -143,7 +144,7 @@ def test_power_cut(runs: Runs, works: Works, tmp_path: Path, act: str) -> None:
     numbers = thinned(range(1, len(work.calls) + 1), work.calls, 30)
     if act == "power_kept":
         numbers = [number for number, call in enumerate(work.calls, 2) if call.startswith("replace")]
-    faults = some([Fault(act, number) for number in numbers], 50)
+    faults = some([Fault(act, number) for number in numbers], 25)
     problems = sweep(runs, work, tmp_path, faults, was_killed)
     assert not problems, report(problems)
 
@@ -271,7 +272,9 @@ def failed_as_told(work: Work) -> Callable[[Fault, Ended], str]:
     return judge
 
 
-@pytest.mark.parametrize("read_ahead", [0, 1, 3])
+@pytest.mark.parametrize(
+    "read_ahead", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(3, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "write"])
 def test_disk_full(runs: Runs, works: Works, tmp_path: Path, call: str, read_ahead: int) -> None:
     """Once, or from then on. At every depth: what stands behind the failed write in the queue must not be committed."""

@@ -22,10 +22,12 @@ import pytest
 from calib_kit import CACHE, STREAM, CalibWork, Kit, least_memory, replays, stop, sweep, unsound, watched
 from calib_kit import kit as kit  # the fixture
 from faults import JOURNAL, MANIFEST, Ended, Fault, differences, fresh, snapshot, stamps
-from resume_kit import KILLED, KILLS, SEED, THOROUGH, finish, report, thinned, was_killed
+from resume_kit import KILLED, KILLS, SEED, THOROUGH, finish, report, some, thinned, was_killed
 
 from streamq.options import QuantOptions
 from streamq.planner import make_plan
+
+pytestmark = pytest.mark.xdist_group("calibrated")  # one process makes the servers
 
 CASES = [("vace", "gptq"), ("pair", "smooth"), ("ti2v", "smooth_all")]
 if THOROUGH:
@@ -49,7 +51,8 @@ def drawn(numbers: list[int], count: int, *purpose: object) -> list[int]:
 # 1. Killed.
 
 
-def test_killed_at_every_call(kit: Kit, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [30, pytest.param(1000, marks=pytest.mark.slow)], ids=["some", "every"])
+def test_killed_at_every_call(kit: Kit, tmp_path: Path, count: int) -> None:
     work = kit.work("t2v", "static", "--read_ahead", 0)
     assert {call.split()[0] for call in work.calls} >= {"rmdir", "unlink", "replay", "posix_fallocate", "fdatasync"}
     numbers = thinned(range(1, len(work.calls) + 1), work.calls, 40)
@@ -59,7 +62,8 @@ def test_killed_at_every_call(kit: Kit, tmp_path: Path) -> None:
     assert len(streams) == 3  # nobody reads what the last block makes
     halves = {*streams, *(n for n in work.numbers("write", "write_bytes") if n in numbers)}
     faults = [Fault("before", n) for n in sorted({*numbers, *streams})] + [Fault("half", n) for n in sorted(halves)]
-    problems = sweep(kit, work, tmp_path, [*faults, Fault("after", len(work.calls))], was_killed)
+    faults = [*some(faults, count), Fault("after", len(work.calls))]
+    problems = sweep(kit, work, tmp_path, faults, was_killed)
     assert not problems, report(problems)
 
 

@@ -20,15 +20,29 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
+DESCRIPTION = """\
+What quantization costs, layer by layer: how far each linear layer and each block is from the float model, for a list of
+types, on calibration inputs; and, under a budget, a recipe that gives each layer one of them."""
+EXAMPLES = """\
+examples:
+  how sensitive is each layer to int8, and to float8?
+    streamq analyze --model_path Wan2.1-T2V-1.3B-Diffusers --save_path figures --quant_type w8a8,fp8
+  the best recipe of two types in at most 1 GB, from inputs that streamq calib made
+    streamq analyze --model_path Wan2.1-T2V-1.3B-Diffusers --save_path figures --calib inputs \\
+        --format gguf --quant_type w8a16,w4a16 --max_size 1GB"""
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--model_path", required=True, help="folder, .safetensors file or hub id")
     add("--save_path", required=True, type=Path, help="output folder")
     add("--quant_type", action="append", default=[], metavar="TYPE",
         help="a type of the library (streamq recipes); may be repeated, or comma-separated; default: w8a8, fp8, w4a16,"
-        " w4a4, or those of --format")  # fmt: skip
-    add("--format", help="of the recipe; default: the first that has all the types")
+        " w4a4; with --format, or with a budget, those of one format")  # fmt: skip
+    add("--format", help="of the recipe; default: the first that has all the types, or most of the default ones")
     add("--calib", type=Path, help="calibration inputs made by streamq calib; without it analyze makes its own")
     add("--max_size", metavar="SIZE", help="recommend the recipe of least error whose files are at most so large")
     add("--max_error", type=float, metavar="X", help="recommend the smallest recipe whose error is at most X")
@@ -69,9 +83,9 @@ def run(args: argparse.Namespace) -> int:
     check_budget(job)
     known = _finished(job)
     display.warn(job.warnings)
-    device = _open(job) if known is None else None
     try:
         with at_work(job.settings.save_path):
+            device = _open(job) if known is None else None
             figures, failed = _work(job, known, device)
     except KeyboardInterrupt:
         how = "the same command without --overwrite" if job.settings.overwrite else "the same command"

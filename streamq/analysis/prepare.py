@@ -107,16 +107,15 @@ def prepare(settings: AnalyzeSettings) -> Job:
         raise UsageError(f"--max_error {settings.max_error:g}: a relative error above 0, e.g. 0.05")
     if settings.top_k < 0:
         raise UsageError(f"--top_k {settings.top_k}: a number of layers, 0 for no table")
-    types = tuple(dict.fromkeys(settings.types)) or _default_types(settings.form)
-    where, form = recipes.pick_format(types, settings.form)
     budget = settings.max_size is not None or settings.max_error is not None
+    asked, told = settings.form, []
+    if budget and not settings.types and asked is None:
+        asked = _most(DEFAULT_TYPES)
+        told = [f"no --format: the recipe is for {asked}, which has most of the default types; --format is another's"]
+    types = tuple(dict.fromkeys(settings.types)) or _default_types(asked)
+    where, form = recipes.pick_format(types, asked)
     if budget and form is None:
-        have = {name: [kind for kind in types if name in recipes.served()[kind]] for name in formats()}
-        some = "; ".join(f"{name}: {', '.join(kinds)}" for name, kinds in have.items() if kinds)
-        raise UsageError(
-            f"a recipe is for one format, and none has all of {', '.join(types)} (have: {some}); choose with --format,"
-            " or name fewer with --quant_type"
-        )
+        raise _no_format(types)
     _check_model(settings)
     _check_folder(settings)
     candidates, notes = _candidates(settings, types, where)
@@ -127,7 +126,28 @@ def prepare(settings: AnalyzeSettings) -> Job:
     if settings.max_device_memory is not None and kind == "cpu":
         warnings.append("--max_device_memory: ignored, the device is the cpu; its memory is --max_host_memory")
     identity = _identity(candidates, calibration, kind)
+    notes = told + notes
     return Job(settings, form, tuple(candidates), calibration, identity, peaks, tuple(notes), tuple(warnings))
+
+
+def _having(types: Sequence[str]) -> dict[str, list[str]]:
+    """Format -> which of the types it has."""
+    return {name: [kind for kind in types if name in recipes.served()[kind]] for name in formats()}
+
+
+def _most(types: Sequence[str]) -> str:
+    """The first of the formats that have most of the types."""
+    having = _having(types)
+    return max(having, key=lambda name: len(having[name]))
+
+
+def _no_format(types: Sequence[str]) -> UsageError:
+    having, best = _having(types), _most(types)
+    some = "; ".join(f"{name}: {', '.join(kinds)}" for name, kinds in having.items() if kinds)
+    return UsageError(
+        f"a recipe is for one format, and none has all of {', '.join(types)} (have: {some}); give e.g."
+        f" --format {best} --quant_type {','.join(having[best])}"
+    )
 
 
 def _default_types(form: str | None) -> tuple[str, ...]:

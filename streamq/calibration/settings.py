@@ -26,6 +26,8 @@ SCHEDULES: dict[tuple[str, int], tuple[float, float, int, float]] = {
     ("t2v", 2): (12.0, 3.0, 40, 0.875), ("i2v", 2): (5.0, 3.5, 40, 0.9), ("vace", 2): (12.0, 3.0, 40, 0.875),
 }  # fmt: skip
 TRAIN_STEPS = 1000
+POSITIONS = 1024  # of the rotary table, for frames, rows and columns of tokens each (diffusers' rope_max_seq_len)
+MAX_SIDE = 32 * POSITIONS  # pixels; ti2v has the largest tokens, 32 * 32
 
 
 @dataclass(frozen=True)
@@ -170,10 +172,19 @@ def cost_of(model: Model, settings: CalibSettings) -> Cost:
 
 
 def parse_video_size(text: str) -> tuple[int, int]:
-    """`"832*480"` (or 832x480) -> (832, 480). Raises UsageError."""
-    match = re.fullmatch(r"\s*(\d{1,5})\s*[*xX×]\s*(\d{1,5})\s*", text)
+    """`"832*480"` (or 832x480) -> (832, 480). Raises UsageError, also for a side of no pixels or of too many."""
+    if not text.strip():
+        raise UsageError("--size '': empty; write width*height, e.g. 832*480, or leave it out")
+    match = re.fullmatch(r"\s*(\d{1,20})\s*[*xX×]\s*(\d{1,20})\s*", text)
     if not match:
         raise UsageError(f"--size {text}: not a size; write width*height, e.g. 832*480")
+    for side, pixels in (("width", int(match[1])), ("height", int(match[2]))):
+        if not pixels:
+            raise UsageError(f"--size {text}: the {side} is 0; write width*height in pixels, e.g. 832*480")
+        if pixels > MAX_SIDE:
+            raise UsageError(
+                f"--size {text}: a {side} of {pixels} pixels, which no Wan model has positions for: {MAX_SIDE} at most"
+            )
     return int(match[1]), int(match[2])
 
 

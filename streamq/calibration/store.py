@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from streamq import __version__
-from streamq.checkpoint import Checkpoint, TensorInfo, load_json, read_header
+from streamq.checkpoint import Checkpoint, TensorInfo, advising, load_json, read_header
 from streamq.errors import UsageError
 from streamq.savers import Spec
 from streamq.savers.shard import sha256_of, write_whole
@@ -33,6 +33,7 @@ from streamq.wan import Expert, Model
 DOCUMENT = "calib.json"
 VERSION = 1
 MAX_DOCUMENT_BYTES = 64 << 20
+ANEW = "make the set again with streamq calib"
 ST_DTYPES = {"bf16": "BF16", "fp32": "F32"}
 
 
@@ -126,7 +127,7 @@ def open_set(folder: Path, name: str = DOCUMENT) -> CalibSet:
     path = folder / name
     if not path.is_file():
         raise UsageError(f"{folder}: no {name} in it, so not a complete calibration set; make one with streamq calib")
-    document = load_json(path, MAX_DOCUMENT_BYTES)
+    document = load_json(path, MAX_DOCUMENT_BYTES, ANEW)
     try:
         if document["calib"] != VERSION:
             raise UsageError(f"{path}: version {document['calib']!r} of the format, this streamq reads {VERSION}")
@@ -140,7 +141,8 @@ def open_set(folder: Path, name: str = DOCUMENT) -> CalibSet:
 def _expert(folder: Path, expert: str, about: dict[str, Any]) -> ExpertInputs:
     if Path(about["file"]).name != about["file"]:
         raise UsageError(f"{folder / DOCUMENT}: {about['file']!r} is not a file name")
-    file, infos = read_header(folder / about["file"], folder)
+    with advising(ANEW):
+        file, infos = read_header(folder / about["file"], folder)
     shapes, samples = Shapes(**about["shapes"]), tuple(SampleInfo(**sample) for sample in about["samples"])
     if shapes.dtype not in ST_DTYPES.values() or any(sample.states < 0 or sample.rows < 1 for sample in samples):
         raise ValueError(f"dtype {shapes.dtype}, or a sample without states or time step")

@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streamq.errors import RunError, UsageError
+from streamq.extras import check_there
 
 if TYPE_CHECKING:
     from streamq.evaluation.evaluate import Pairs, Results
     from streamq.evaluation.pairs import Video
     from streamq.evaluation.settings import EvalSettings
+    from streamq.evaluation.vbench import Imported
     from streamq.report import Clip, ReportData
 
 REPORT = "report.html"
@@ -23,8 +26,22 @@ GENERATING = ("prompts", "prompt", "transformer", "size", "frame_num", "fps", "s
 MODELS = ("clip_model", "dino_model", "lpips_model")
 
 
+DESCRIPTION = """\
+Compare videos pair by pair: the same prompt, seed and settings through the float model and through a quantized one.
+Writes tables and report.html, from folders that streamq generate wrote, or from videos that it makes itself."""
+EXAMPLES = """\
+examples:
+  make what is missing, measure it, and leave a page
+    streamq eval --model_path Wan2.1-T2V-1.3B-Diffusers --transformer quantized --save_path compared \\
+        --prompts prompts.txt --seeds 0,1,2 --size '480*272' --frame_num 33
+  folders of videos that are there; exit status 1 if the pictures are worse than 30 dB
+    streamq eval --reference float --candidate int8 --candidate int4 --fail_under psnr=30"""
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the command line's page, and two of each: videos that are there, or a model that makes them."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     _add_videos(parser)
     add = parser.add_argument
     add(
@@ -88,42 +105,111 @@ def _add_videos(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate. Raises UsageError for what does not go together, and RunError after the tables are written: for pairs
     that failed and bounds that were missed."""
-    from streamq.evaluation import tables, vbench
-    from streamq.evaluation.evaluate import FLOOR, evaluate, pair_up, summarise_columns
+    from streamq.calibration.make import at_work
+    from streamq.evaluation.evaluate import pair_up
+    from streamq.evaluation.make import make_missing, names_of, plan_missing
     from streamq.evaluation.measure import check_models
     from streamq.evaluation.pairs import read_folder
-    from streamq.evaluation.settings import parse_limits
 
     about: Callable[[str], None] = (lambda text: None) if args.quiet else (lambda text: print(text, file=sys.stderr))
-    settings, notes, save_path, models = _settings(args)
-    parse_limits(args.fail_under, settings.metrics)
+    settings, notes, save_path, models = check(args)
     check_models(settings)
     floor = None if settings.noise_floor is None else read_folder(settings.noise_floor)
-    reference, candidates = _videos(args, save_path, models, about)
+    if args.model_path is not None:
+        asked = plan_missing(args, save_path, models)
+        with at_work(save_path):
+            reference, candidates = make_missing(asked, about)
+            pairs = pair_up(reference, candidates, floor, settings.allowed)
+            matched = _matched(args, settings, notes, reference, pairs)
+            _measure(args, matched, save_path, models, about)
+        return 0
+    folders = names_of(args.candidate, "--candidate")
+    reference, candidates = read_folder(args.reference), {name: read_folder(path) for name, path in folders.items()}
     pairs = pair_up(reference, candidates, floor, settings.allowed)
+    matched = _matched(args, settings, notes, reference, pairs)
+    with at_work(save_path):
+        _measure(args, matched, save_path, models, about)
+    return 0
+
+
+@dataclass(frozen=True)
+class _Matched:
+    """Videos that belong together, and all that is to be done with them, checked."""
+
+    settings: EvalSettings
+    notes: list[str]
+    reference: list[Video]
+    pairs: dict[str, Pairs]
+    limits: dict[str, float]
+    imported: Imported
+
+
+def _matched(
+    args: argparse.Namespace, settings: EvalSettings, notes: list[str], reference: list[Video], pairs: dict[str, Pairs]
+) -> _Matched:
+    """Raises UsageError for what these videos do not have."""
+    from streamq.evaluation import vbench
+    from streamq.evaluation.settings import parse_limits
+
     settings, more = _with_latents(args, settings, reference, pairs)
     limits = parse_limits(args.fail_under, settings.metrics)
     imported = vbench.read_results(args.vbench_import, vbench.names_of(reference, pairs))
+    return _Matched(settings, notes + more, reference, pairs, limits, imported)
 
-    results = evaluate(reference, pairs, settings, about)
-    results.notes[:0] = notes + more
-    vbench.merge(results, imported)
-    names = list(candidates)
+
+def _measure(
+    args: argparse.Namespace, matched: _Matched, save_path: Path, models: dict[str, Path], about: Callable[[str], None]
+) -> None:
+    """Measure, write the tables and the page, and judge. Raises UsageError, RunError."""
+    from streamq.evaluation import tables, vbench
+    from streamq.evaluation.evaluate import FLOOR, evaluate, summarise_columns
+
+    reference, settings = matched.reference, matched.settings
+    results = evaluate(reference, matched.pairs, settings, about)
+    results.notes[:0] = matched.notes
+    vbench.merge(results, matched.imported)
+    whole = {name: found for name, found in matched.pairs.items() if name != FLOOR}
+    names = list(whole)
     summarise_columns(results, names, vbench.columns(results), settings)
     files = tables.write_tables(save_path, results, settings.metrics)
     if not args.no_report:
         found_models = {name: path for name, path in models.items() if name in names}
-        whole = {name: found for name, found in pairs.items() if name != FLOOR}
         files.append(_report(save_path / REPORT, reference, whole, found_models, results))
     if args.vbench_export is not None:
-        results.notes.extend(vbench.commands(vbench.export(args.vbench_export, reference, pairs)))
+        results.notes.extend(vbench.commands(vbench.export(args.vbench_export, reference, matched.pairs)))
     _tell(args, results, files, names)
-    _judge(results, limits, names)
-    return 0
+    _judge(results, matched.limits, names)
+
+
+def check(args: argparse.Namespace) -> tuple[EvalSettings, list[str], Path, dict[str, Path]]:
+    """The settings, notes on what is left out, where results go, and candidate -> quantized folder.
+
+    Raises UsageError for all that options and installed packages tell, before a video is read or made.
+    """
+    from streamq.evaluation.settings import parse_limits
+
+    settings, notes, save_path, models = _settings(args)
+    parse_limits(args.fail_under, settings.metrics)
+    _check_packages(settings, report=not args.no_report)
+    return settings, notes, save_path, models
+
+
+def _check_packages(settings: EvalSettings, *, report: bool) -> None:
+    """Raise UsageError for a package that is needed once the videos are made, or all of them are measured."""
+    from streamq.evaluation.metrics import METRICS
+
+    needed = {"av": "reading videos", "scipy": "the signed-rank test"}
+    if any(METRICS[metric].group == "motion" for metric in settings.metrics):
+        needed["cv2"] = "motion"
+    if any(METRICS[metric].needs in ("clip_model", "dino_model") for metric in settings.metrics):
+        needed |= {"transformers": "metrics of features", "PIL": "pictures"}
+    if report:
+        needed |= {"jinja2": "the report", "PIL": "the report's pictures"}
+        needed["matplotlib"] = "the report's heat maps"
+    check_there(needed, "eval")
 
 
 def _settings(args: argparse.Namespace) -> tuple[EvalSettings, list[str], Path, dict[str, Path]]:
-    """The settings, notes on what is left out, where results go, and candidate -> quantized folder, all checked."""
     from streamq.device import kind_of
     from streamq.evaluation.make import names_of
     from streamq.evaluation.pairs import check_fields
@@ -166,6 +252,8 @@ def _settings(args: argparse.Namespace) -> tuple[EvalSettings, list[str], Path, 
 
 
 def _check_making(args: argparse.Namespace) -> None:
+    from streamq.generation.settings import check_prompts
+
     if args.candidate:
         raise UsageError("--candidate: goes with --reference; with --model_path give --transformer")
     if not args.transformer:
@@ -174,6 +262,7 @@ def _check_making(args: argparse.Namespace) -> None:
         )
     if (args.prompts is None) == (args.prompt is None):
         raise UsageError("--model_path: give the prompts, as --prompts FILE or --prompt TEXT")
+    check_prompts(args.prompt or (), "--prompt")
     if args.save_path is None:
         raise UsageError("--model_path: give --save_path, where the videos go")
 
@@ -187,19 +276,6 @@ def _device(name: str) -> str:
         return kind  # not opened: that keeps torch to one thread, which CLIP is slow on
     open_device(name)
     return name if ":" in name else f"{kind}:0"
-
-
-def _videos(
-    args: argparse.Namespace, save_path: Path, models: dict[str, Path], about: Callable[[str], None]
-) -> tuple[list[Video], dict[str, list[Video]]]:
-    """The reference's videos, and each candidate's by its name."""
-    from streamq.evaluation.make import make_missing, names_of
-    from streamq.evaluation.pairs import read_folder
-
-    if args.model_path is not None:
-        return make_missing(args, save_path, models, about)
-    folders = names_of(args.candidate, "--candidate")
-    return read_folder(args.reference), {name: read_folder(folder) for name, folder in folders.items()}
 
 
 def _with_latents(

@@ -6,9 +6,11 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from streamq.calibration.settings import Prompt
 from streamq.errors import UsageError
 from streamq.evaluation.evaluate import FLOOR, REFERENCE
 from streamq.evaluation.pairs import Video
+from streamq.generation import GenerateSettings
 from streamq.videos import read_sidecar
 
 PASSED_ON = ("sample_steps", "frame_num", "fps", "guidance", "guidance_2", "shift", "image", "last_image")
@@ -40,16 +42,25 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return seeds
 
 
-def make_missing(
-    args: argparse.Namespace, save_path: Path, folders: dict[str, Path], about: Callable[[str], None]
-) -> tuple[list[Video], dict[str, list[Video]]]:
-    """Make the reference's videos and each transformer's below `save_path`; what is there already stays.
+def check_different(prompts: Sequence[str | Prompt], option: str) -> None:
+    """Raise UsageError for a prompt that stands twice: its videos could not be told apart, and made no two pairs."""
+    seen = set()
+    for one in (Prompt(given) if isinstance(given, str) else given for given in prompts):
+        key = one.text, one.image, one.last_image
+        if key in seen:
+            raise UsageError(f"{option}: {one.text[:60]!r} stands twice; give it once, with several --seeds")
+        seen.add(key)
 
-    Returns the reference's and each candidate's, those that were asked for. Raises UsageError, RunError.
+
+def plan_missing(
+    args: argparse.Namespace, save_path: Path, folders: dict[str, Path]
+) -> dict[str, GenerateSettings]:  # fmt: skip
+    """Name -> what `generate` is to be asked for, below `save_path`: the reference first, then each transformer.
+
+    Raises UsageError for all that would be refused: what is wrong with the last is said before the first is made.
     """
     from streamq.calibration.prompts import load_prompts
     from streamq.calibration.settings import parse_video_size
-    from streamq.generation import GenerateSettings, generate
     from streamq.generation.prepare import prepare
     from streamq.options import given_size
 
@@ -59,6 +70,7 @@ def make_missing(
     prompts = load_prompts(args.prompts) if args.prompts is not None else tuple(args.prompt)
     given = {name: getattr(args, name) for name in PASSED_ON}
     given |= {name: given_size(args, name) for name in ("max_host_memory", "max_device_memory")}
+    check_different(prompts, "--prompts" if args.prompts is not None else "--prompt")
     size = None if args.size is None else parse_video_size(args.size)
     whole: dict[str, Path | None] = {REFERENCE: None, **folders}
     settings = {
@@ -78,7 +90,19 @@ def make_missing(
         for name, folder in whole.items()
     }
     for one in settings.values():
-        prepare(one)  # what is wrong with the last is said before the first is made
+        prepare(one)
+    return settings
+
+
+def make_missing(
+    settings: dict[str, GenerateSettings], about: Callable[[str], None]
+) -> tuple[list[Video], dict[str, list[Video]]]:
+    """Make the videos of `plan_missing`; what is there already stays.
+
+    Returns the reference's and each candidate's, those that were asked for. Raises UsageError, RunError.
+    """
+    from streamq.generation import generate
+
     made = {}
     for name, one in settings.items():
         about(f"videos of {name}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from streamq.errors import UsageError, nearest
-from streamq.videos import PAIR_FIELDS, Sidecar, find_videos
+from streamq.videos import PAIR_FIELDS, Sidecar, find_videos, lost_sidecar
 
 IDENTITY = ("prompt", "seed", "image", "last_image")  # what tells the videos of one folder apart
 FLOOR_MAY_DIFFER = ("device_kind",)  # a noise floor is float against float with another device or kernel
@@ -36,7 +36,9 @@ def read_folder(folder: Path) -> list[Video]:
     """A folder's videos by name. Raises UsageError for none."""
     found = [Video(path, sidecar) for path, sidecar in find_videos(folder)]
     if not found:
-        raise UsageError(f"{folder}: no video with its JSON in it; make some with streamq generate")
+        videos = sorted(path for kind in ("mkv", "mp4") for path in folder.glob(f"*.{kind}"))
+        lost = lost_sidecar(videos[0].with_suffix(".json")) if videos else None
+        raise UsageError(lost or f"{folder}: no video with its JSON in it; make some with streamq generate")
     return found
 
 
@@ -81,8 +83,10 @@ def _index(videos: list[Video], by_name: bool) -> dict[Any, Video]:
 
 
 def _alone(video: Video, others: list[Video]) -> str:
-    """Why a video has no partner: what differs from the one of its name, if there is one."""
+    """Why a video has no partner: what differs from the one of its name, if there is one; or that one's lost JSON."""
     folder = others[0].path.parent
+    if (lost := lost_sidecar(folder / video.path.name)) is not None and all(o.stem != video.stem for o in others):
+        return lost
     namesake = next((other for other in others if other.stem == video.stem), None)
     if namesake is not None:
         for field in IDENTITY:

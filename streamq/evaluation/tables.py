@@ -22,6 +22,8 @@ THRESHOLDS = {
     "vLLM-Omni strict": (("psnr_video", 25.0), ("mae", 6.0), ("cos", 0.995), ("rel_l2", 0.08)),
     "Unsloth video": (("ssim", 0.75),),
 }
+ARROWS = {"higher": "↑", "lower": "↓", "same": "=", "zero": "0", "": ""}
+BETTER = "↑ higher is better, ↓ lower is better, = as float has it, 0 nearer to zero"
 UNSLOTH_WARN = 0.50  # below this its check fails, between it and the bound it warns
 CLIP_TEMPORAL = ("clip_t", "clip_score", "clip_f", "background_consistency", "subject_consistency", "flicker")
 SUMMARY_COLUMNS = ("candidate", "metric", "mean", "low", "high", "count", "noise_floor", "within_noise", "p_value")
@@ -91,6 +93,15 @@ def verdicts(results: Results, candidate: str) -> dict[str, str]:
     return found
 
 
+def direction(metric: str) -> str:
+    """Which way a metric of the summary is better: "higher", "lower", "same" as float's, "zero"; "" for VBench's."""
+    whole = metric.removesuffix("_diff")
+    if whole not in METRICS:
+        return ""
+    better = METRICS[whole].better
+    return "zero" if metric != whole and better == "same" else better
+
+
 def worse(metric: str, mean: float, bound: float) -> bool:
     """Whether a mean misses a bound: above it for a metric of which less is better, else below it; NaN does."""
     return not (mean <= bound if METRICS[metric].better == "lower" else mean >= bound)
@@ -134,11 +145,13 @@ def show(results: Results, candidates: Sequence[str]) -> None:
             count = f" ({row['count']})" if row["count"] < FEW else ""
             interval = "" if row["low"] is None else f"{row['low']:.4g} … {row['high']:.4g}"
             floor = _short(row["noise_floor"], 4) + (" *" if row["within_noise"] else "")
-            table.add_row(row["metric"], f"{row['mean']:.4g}{count}", interval, floor, _short(row["p_value"], 2))
+            metric = f"{row['metric']} {ARROWS[direction(row['metric'])]}".strip()
+            table.add_row(metric, f"{row['mean']:.4g}{count}", interval, floor, _short(row["p_value"], 2))
         console.print(table)
         said = "; ".join(f"{who}: {verdict}" for who, verdict in verdicts(results, name).items() if verdict)
         if said:
             print(f"Thresholds of others: {said}")
+    print(BETTER)
     if any(row["within_noise"] for row in results.summary):
         print("* no worse than float against float: means nothing")
 

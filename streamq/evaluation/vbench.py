@@ -61,7 +61,7 @@ def read_results(paths: Sequence[Path], names: Collection[tuple[str, str]]) -> I
     """
     found: Imported = {}
     for path in paths:
-        document = load_json(path, MAX_BYTES)
+        document = load_json(path, MAX_BYTES, "let VBench write it again")
         if not isinstance(document, dict) or not document:
             raise UsageError(f"--vbench_import {path}: not VBench's results; give its ..._eval_results.json")
         for dimension, result in document.items():

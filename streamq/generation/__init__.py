@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from streamq.generation.settings import GenerateSettings
 
-__all__ = ["GenerateSettings", "generate"]
+if TYPE_CHECKING:
+    from streamq.generation.prepare import Job
+
+__all__ = ["GenerateSettings", "generate", "run_job"]
 
 
 def generate(settings: GenerateSettings, about: Callable[[str], None]) -> list[Path]:
@@ -16,7 +21,17 @@ def generate(settings: GenerateSettings, about: Callable[[str], None]) -> list[P
     `about` is told of each step, and of what a user should know. Raises UsageError, before anything is written, and
     RunError.
     """
-    from streamq.generation.make import make_videos
     from streamq.generation.prepare import prepare
 
-    return make_videos(prepare(settings), about)
+    return run_job(prepare(settings), about)
+
+
+def run_job(job: Job, about: Callable[[str], None]) -> list[Path]:
+    """`generate` of what is prepared: the folder is made and locked before anything is loaded, torch included."""
+    from streamq.calibration.make import at_work
+
+    idle = all(video.done for video in job.videos)
+    with nullcontext() if idle else at_work(job.settings.save_path.expanduser()):
+        from streamq.generation.make import make_videos
+
+        return make_videos(job, about)

@@ -12,12 +12,26 @@ from typing import Any
 from streamq.calibration.prompts import load_prompts
 from streamq.calibration.settings import Prompt, parse_video_size
 from streamq.errors import UsageError, out_of_memory
-from streamq.generation.settings import DTYPES, GenerateSettings
+from streamq.generation import run_job
+from streamq.generation.settings import DTYPES, GenerateSettings, check_prompts
 from streamq.options import given_size
+
+DESCRIPTION = """\
+Make videos with a float or a quantized model: every prompt with every seed, through diffusers' own pipeline, the
+transformer's blocks read from disk as they are needed. Videos that are there are not made again."""
+EXAMPLES = """\
+examples:
+  one video by the float model
+    streamq generate --model_path Wan2.1-T2V-1.3B-Diffusers --save_path float --prompt "a red fox in the snow"
+  the same prompts and seeds by what streamq quant wrote, small enough for a first look
+    streamq generate --model_path Wan2.1-T2V-1.3B-Diffusers --transformer quantized --save_path int8 \\
+        --prompts prompts.txt --seeds 0,1,2 --size '480*272' --frame_num 33"""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--model_path", required=True, help="a diffusers pipeline's folder (model_index.json) or hub id")
     add("--save_path", required=True, type=Path, help="folder for the videos; those that are there are not made again")
@@ -65,6 +79,7 @@ def settings_of(args: argparse.Namespace) -> GenerateSettings:
 def _prompts(args: argparse.Namespace) -> tuple[str | Prompt, ...]:
     if args.prompt and args.prompts is not None:
         raise UsageError("--prompt and --prompts: give one of them")
+    check_prompts(args.prompt, "--prompt")
     return tuple(args.prompt) if args.prompts is None else load_prompts(args.prompts.expanduser())
 
 
@@ -112,23 +127,26 @@ class _Said:
             yield
 
 
+def _memory_ran_out(error: BaseException) -> bool:
+    import torch  # imported already, or nothing could have run out
+
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
 def run(args: argparse.Namespace) -> int:
     """Make the videos; prints their sidecars. Returns the exit status."""
     settings = settings_of(args)
     from streamq.generation.prepare import prepare
 
-    job = prepare(settings)
-    import torch
-
-    from streamq.generation.make import make_videos
-
-    said = _Said(args.quiet)
+    job, said = prepare(settings), _Said(args.quiet)
     try:
         with said.shown():
-            made = make_videos(job, said)
+            made = run_job(job, said)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"finished videos in {settings.save_path} are kept, the same command goes on") from None
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        if not _memory_ran_out(error):
+            raise
         advice = (
             "finished videos are kept: run the same command with a smaller --max_host_memory or --max_device_memory, or"
             " another run with a smaller --size or --frame_num"

@@ -96,7 +96,7 @@ def quantized_weights(output: outputs.Output, manifest_folder: Path, config: Pat
     Raises UsageError for a folder that is no whole model, and for a type that cannot be run.
     """
     form, checkpoint = output.format, output.checkpoint()
-    kinds = {name: kind for name, kind in form.layers_in(output.folder, checkpoint.tensors).items() if kind != "float"}
+    kinds = {name: kind for name, kind in output.layers(checkpoint).items() if kind != "float"}
     for name, kind in kinds.items():
         if kind not in KNOWN:
             raise UsageError(f"{output.folder}: {name} has type {kind[:80]!r}, which is not known; streamq verify it")

@@ -21,7 +21,6 @@ from torch import Tensor
 from streamq import __version__
 from streamq.calibration import encoders
 from streamq.calibration.encoders import LatentCodec, Parts
-from streamq.calibration.make import at_work
 from streamq.calibration.media import open_picture
 from streamq.calibration.settings import TEXT_LEN
 from streamq.checkpoint import open_checkpoint
@@ -41,7 +40,10 @@ Texts = dict[tuple[str, str], tuple[Tensor, Tensor | None]]  # (prompt, negative
 
 
 def make_videos(job: Job, about: About) -> list[Path]:
-    """Make what is not done; returns all sidecars. Raises UsageError before anything is written, and RunError."""
+    """Make what is not done; returns all sidecars. Raises UsageError before anything is written, and RunError.
+
+    The caller keeps other runs out of the folder (`streamq.generation.run_job`).
+    """
     todo = [video for video in job.videos if not video.done]
     if len(todo) < len(job.videos):
         about(f"{len(job.videos) - len(todo)} of {len(job.videos)} videos are there already")
@@ -54,8 +56,7 @@ def make_videos(job: Job, about: About) -> list[Path]:
         about(look.words())
         for one in job.weights:
             _say_unused(one.unused(), one.format_name, about)
-        with at_work(job.settings.save_path.expanduser()):
-            _make(job, todo, device, look, about)
+        _make(job, todo, device, look, about)
     return [video.sidecar for video in job.videos]
 
 
@@ -84,7 +85,7 @@ def _make(job: Job, todo: list[Video], device: Device, look: Outlook, about: Abo
             if not bool(torch.isfinite(latents).all()):
                 raise RunError(
                     f"{video.sidecar.stem}: NaN or Inf in its latents, so there is no picture; try --dtype fp32, and"
-                    " `streamq verify` of the transformer"
+                    f" `streamq verify {job.weights[0].folder}`"
                 )
             frames = decode(vae, latents)
             made = _made(job, began, progress, device)

@@ -17,6 +17,7 @@ from streamq.calibration.settings import Prompt
 from streamq.checkpoint import load_json, open_checkpoint
 from streamq.device import kind_of
 from streamq.errors import UsageError
+from streamq.generation import folder
 from streamq.generation.layers import Weights, float_weights, identity, quantized_weights
 from streamq.generation.settings import DTYPES, Figures, GenerateSettings, figures_of, stem_of
 from streamq.planner import check_paths
@@ -166,29 +167,50 @@ def _open(option: str, path: Path, wanted: tuple[str, ...], root: Path) -> dict[
     """Expert -> its weights, of a quantized folder or a float one."""
     if not path.exists():
         raise UsageError(f"--{option} {path}: no such folder")
+    above = folder.manifest_above(path)
+    if above is not None:
+        folder.check_files(option, path, *above)
     found = outputs.find_outputs(path)
     formats = sorted({one.format_name for one in found})
     if len(formats) > 1:
         raise UsageError(f"--{option} {path}: holds {', '.join(formats)}; give one of them, {path / formats[0]}")
+    for place in {path, *(one.folder for one in found)}:
+        folder.check_config(place)
+    if not found and above is not None:
+        raise folder.unknown(option, path, *above)
     if not found:
-        experts = wan.open_model(path)
+        experts = _float(option, path)
         if len(experts) == 2 and len(wanted) == 2:
             return {expert.name: float_weights(expert) for expert in experts}
         if len(experts) == 1:
             return {wanted[0]: float_weights(experts[0])}
         raise UsageError(f"--{option} {path}: two experts, where one is wanted; give one's folder")
-    above = next((place for place in (path, path.parent) if outputs.manifest(place) is not None), path)
+    for one in found:
+        folder.check_index(one.folder, one.checkpoint())
+    manifest = above[0] if above is not None else path
     config = {EXPERTS[1]: root / "transformer_2"}
     by_name = {one.expert: one for one in found}
     if "" in by_name:
         name = wanted[0]
-        return {name: quantized_weights(by_name[""], above, config.get(name, root / "transformer"))}
+        return {name: quantized_weights(by_name[""], manifest, config.get(name, root / "transformer"))}
     if not set(wanted) & by_name.keys():
         raise UsageError(f"--{option} {path}: holds {', '.join(by_name)}, and this pipeline takes one transformer")
     return {
-        name: quantized_weights(by_name[name], above, config.get(name, root / "transformer"))
+        name: quantized_weights(by_name[name], manifest, config.get(name, root / "transformer"))
         for name in wanted if name in by_name
     }  # fmt: skip
+
+
+def _float(option: str, path: Path) -> list[wan.Expert]:
+    try:
+        return wan.open_model(path)
+    except UsageError as error:
+        if "quantized already" not in str(error) or (path / "config.json").is_file():
+            raise
+        raise UsageError(
+            f"--{option} {path}: quantized, in a format that cannot be told without its config.json, which is missing;"
+            f" {outputs.anew(path)}"
+        ) from error
 
 
 def _check_fits(weights: Weights, own: Path, first: Weights) -> None:

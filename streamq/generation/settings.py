@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamq.calibration.settings import SCHEDULES, TRAIN_STEPS, Prompt
+from streamq.calibration.settings import POSITIONS, SCHEDULES, TRAIN_STEPS, Prompt
 from streamq.errors import UsageError
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
@@ -15,7 +16,7 @@ TI2V_SIZE, TI2V_FRAMES, TI2V_FPS = (1280, 704), 121, 24.0
 GUIDANCE_2: dict[tuple[str, int], tuple[float, float]] = {("t2v", 2): (4.0, 3.0)}
 PATCH = 2  # latent rows and columns in a token
 EVERY = 4  # frames in a latent one
-MAX_SIDE, MAX_FRAMES = 16384, 100_001
+MAX_FRAMES = (POSITIONS - 1) * EVERY + 1
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,26 @@ def figures_of(settings: GenerateSettings, family: str, experts: int, ratio: int
 
 
 def _check(made: Figures, family: str, multiple: int) -> None:
-    width, height = made.size
-    if any(side % multiple or not 0 < side <= MAX_SIDE for side in made.size):
-        fit = "*".join(str(_nearest(side, multiple, MAX_SIDE)) for side in made.size)
+    (width, height), most = made.size, POSITIONS * multiple
+    for name, side in (("width", width), ("height", height)):
+        if side < 1:
+            raise UsageError(f"--size {width}*{height}: the {name} is {side}; give pixels, e.g. 832*480")
+        if side > most:
+            raise UsageError(
+                f"--size {width}*{height}: a {name} of {side} pixels is {-(-side // multiple)} tokens, this {family}"
+                f" model has positions for {POSITIONS} ({most} pixels); give less"
+            )
+    if any(side % multiple for side in made.size):
+        fit = "*".join(str(_nearest(side, multiple, most)) for side in made.size)
         raise UsageError(
             f"--size {width}*{height}: both must be multiples of {multiple} for this {family} model; nearest: {fit}"
         )
-    if (made.frame_num - 1) % EVERY or not 0 < made.frame_num <= MAX_FRAMES:
+    if made.frame_num > MAX_FRAMES:
+        raise UsageError(
+            f"--frame_num {made.frame_num}: a Wan model has positions for {POSITIONS} latent frames ({MAX_FRAMES});"
+            " give less"
+        )
+    if (made.frame_num - 1) % EVERY or made.frame_num < 1:
         fit = str(_nearest(made.frame_num - 1, EVERY, MAX_FRAMES - 1, 0) + 1)
         raise UsageError(f"--frame_num {made.frame_num}: 4n + 1 frames (1, 5, 9, … 81) are made; nearest: {fit}")
     if not 1 <= made.steps <= TRAIN_STEPS:
@@ -107,6 +121,12 @@ def _check(made: Figures, family: str, multiple: int) -> None:
 def _nearest(value: int, multiple: int, most: int, least: int | None = None) -> int:
     low = multiple if least is None else least
     return max(low, min((value + multiple // 2) // multiple * multiple, most // multiple * multiple))
+
+
+def check_prompts(texts: Iterable[str], option: str) -> None:
+    """Raise UsageError for a text without a word: a script's empty variable, and not what was meant."""
+    if not all(text.strip() for text in texts):
+        raise UsageError(f"{option} '': empty; say what the video is to show")
 
 
 def stem_of(index: int, seed: int) -> str:

@@ -131,8 +131,9 @@ class BlockStore:
     def _forget_pending(self) -> None:
         if self._pending is not None:
             future, self._pending = self._pending[1], None
-            if not future.cancel():
-                self._ready(*future.result())  # whoever frees memory that is copied to waits for the copy
+            # Whoever frees memory that is copied to waits for the copy. An error of what nobody needs is none.
+            if not future.cancel() and future.exception() is None:
+                self._ready(*future.result())
 
     def _ready(self, tensors: Tensors, token: Any) -> Tensors:
         self.device.wait(token)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamq import outputs
 from streamq.device import Device
 from streamq.errors import RunError
 from streamq.generation.layers import Layer, Weights
@@ -26,11 +27,13 @@ from streamq.wan.blocks import BlockRunner, streamed_model
 class Transformer:
     """One expert: `module` is what a pipeline takes. `close()` when done.
 
-    Raises UsageError for a model that diffusers' class does not fit, RunError when a file cannot be read.
+    Raises UsageError for a model that diffusers' class does not fit, RunError when a file cannot be read, and from a
+    forward when a layer that is used for the first time has a scale, bias or the like that is NaN or Inf.
     """
 
     def __init__(self, weights: Weights, device: Device, room: Room, dtype: torch.dtype) -> None:
         self.weights, self.dtype = weights, dtype
+        self._sound: set[str] = set()  # layers whose numbers have been looked at
         self.store = BlockStore(weights, device, room, dtype)
         place = device_of(device)
         self._runner = BlockRunner(weights.model, dtype, place)
@@ -69,7 +72,29 @@ class Transformer:
             ) from error
         if inverse is not None:
             layer.smooth = inverse.float().reciprocal()
+        if name not in self._sound:
+            self._check_finite(name, layer, about, tensors)
+            self._sound.add(name)
         return layer
+
+    def _check_finite(self, name: str, layer: QuantizedLinear, about: Layer, tensors: Tensors) -> None:
+        """Raise RunError for a NaN or Inf in what scales a layer: it would be in every pixel, and told at the end."""
+        branch = layer.low_rank
+        fixed = layer.scales.new_tensor([layer.static.scale, layer.static.offset]) if layer.static else None
+        values = [layer.scales, layer.zeros, layer.tensor_scale, layer.bias, layer.smooth, fixed]
+        values += [branch.down, branch.up] if branch is not None else []
+        if all(value is None or bool(torch.isfinite(value).all()) for value in values):
+            return
+        infos = sorted(about.parts.values(), key=lambda info: info.nbytes)
+        floats = [info for info in infos if tensors[info.name].is_floating_point()]
+        broken = [info for info in floats if not bool(torch.isfinite(tensors[info.name].float()).all())]
+        packed = [info for info in infos if info not in floats]  # exponents, or scales among the codes
+        found = [*broken, *packed]
+        which = self.weights.checkpoint.where(found[0]) if found else f"the smoothing of {name}"
+        raise RunError(
+            f"{which}: NaN or Inf in it ({name}, {about.kind}, of {self.weights.folder}), so no picture can come of it;"
+            f" {outputs.anew(self.weights.folder)}; `streamq verify` finds all such tensors"
+        )
 
     def close(self) -> None:
         """Let go of everything."""

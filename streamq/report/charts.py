@@ -205,7 +205,8 @@ def block_chart(title: str, spans: Sequence[Span], scale: LogScale, width: int, 
 
 
 def curves(title: str, lines: Sequence[tuple[int, Sequence[float]]], top: float) -> str:
-    """Values from 0 to `top` over the frames, as wide as what it is put in; without text, which would be stretched."""
+    """Values from 0 to `top` over the frames, as wide and high as what it is put in; its axes' numbers stand beside it:
+    text inside would be stretched."""
     parts = []
     for series, values in lines:
         step = 1000 / max(1, len(values) - 1)
@@ -215,7 +216,8 @@ def curves(title: str, lines: Sequence[tuple[int, Sequence[float]]], top: float)
     label = f"<title>{escape(title)}</title>"
     return (
         '<svg class="curve" viewBox="0 0 1000 50" preserveAspectRatio="none" role="img" '
-        f'aria-label="{escape(title)}">{label}<path class="axis" d="M0 49H1000"/>{"".join(parts)}</svg>'
+        f'aria-label="{escape(title)}">{label}<path class="grid" d="M0 2H1000M0 25H1000"/>'
+        f'<path class="axis" d="M0 0V49H1000"/>{"".join(parts)}</svg>'
     )
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 from typing import Any
 
+from streamq.evaluation.tables import direction
 from streamq.extras import require
 from streamq.report import charts, layers, pictures, tables, words
 from streamq.report.data import ReportData
@@ -41,6 +42,7 @@ def build(data: ReportData) -> str:
     script = environment.get_template("player.js.j2").render()
     environment.globals |= {
         "safe": safe, "swatch": lambda series: safe(charts.swatch(series)), "definition": words.definition,
+        "better": lambda metric: words.BETTER[direction(metric)],
         "percent": charts.percent,
     }  # fmt: skip
     found = layers.layers_of(data.candidates)
@@ -96,9 +98,10 @@ def _players(data: ReportData) -> dict[str, Any]:
         for index, clip in enumerate(data.reference)
     ]
     scale = pictures.scale_of(differences)
+    top = max((value for row in differences for found in row if found is not None for value in found.curve), default=0)
     coding, count = pictures.choose(data, scale)
     made = pictures.pictures(data, coding, scale, differences[:count])
-    shown = [_pair(data, index, pair) for index, pair in enumerate(made)]
+    shown = [_pair(data, index, pair, top) for index, pair in enumerate(made)]
     colours = pictures.colour_table()
     heat = {
         "table": base64.b64encode(colours.tobytes()).decode(),
@@ -127,11 +130,12 @@ def _pair_text(data: ReportData, index: int) -> dict[str, Any]:
     }
 
 
-def _pair(data: ReportData, index: int, made: PairPictures) -> dict[str, Any]:
+def _pair(data: ReportData, index: int, made: PairPictures, top: float) -> dict[str, Any]:
+    """`top`: where the curves' axis ends, on all of the page, so that pairs compare."""
     width, height = made.reference.width, made.reference.height
     lines = [(series, found.curve) for series, found in enumerate(made.differences) if found is not None]
-    top = max((value for _, curve in lines for value in curve), default=0.0)
-    title = f"mean difference of each frame, from 0 to {top:.3g} levels"
+    last = len(data.reference[index].frames)
+    title = f"mean difference of each frame, 1 to {last}, from 0 to {top:.3g} levels"
     return _pair_text(data, index) | {
         "strips": [_strip(made.reference), *map(_strip, made.candidates)],
         "heat": [None if strip is None else _strip(strip) for strip in made.heat],
@@ -143,6 +147,7 @@ def _pair(data: ReportData, index: int, made: PairPictures) -> dict[str, Any]:
         "fps": data.reference[index].fps / made.step,
         "curve": charts.curves(title, lines, top) if lines and top else "",
         "curve_top": f"{top:.3g}",
+        "last_frame": last,
         "short": tables.pair_short(data, index),
         "largest": [None if found is None else int(found.counts.nonzero()[0].max()) for found in made.differences],
     }

@@ -11,6 +11,7 @@ from typing import Any
 
 from streamq.errors import format_bytes
 from streamq.evaluation.metrics import METRICS
+from streamq.evaluation.statistics import FEW
 from streamq.evaluation.tables import THRESHOLDS, worse
 from streamq.report import words
 from streamq.report.data import Candidate, Clip, ReportData
@@ -105,7 +106,7 @@ def headlines(data: ReportData, layers: Sequence[Layer]) -> list[Headline]:
 def _figure(data: ReportData, candidate: Candidate, metric: str, label: str, unit: str) -> Figure | None:
     for row in data.summary:
         if row.get("candidate") == candidate.name and row.get("metric") == metric:
-            small = [interval(row), pairs(row.get("count"))]
+            small = [interval(row), counted(row)]
             floor = "" if words.number(row.get("noise_floor")) is None else words.shown(metric, row["noise_floor"])
             return Figure(label, words.shown(metric, row.get("mean")), unit, [text for text in small if text], floor)
     return None
@@ -115,6 +116,13 @@ def pairs(count: Any) -> str:
     """`3` -> `3 pairs`."""
     found = words.number(count)
     return "" if found is None else f"{found:.0f} pair" + "s" * (found != 1)
+
+
+def counted(row: dict[str, Any]) -> str:
+    """`rough: 2 pairs` beside an interval of few, else `2 pairs`."""
+    count = words.number(row.get("count"))
+    rough = count is not None and count < FEW and bool(interval(row))
+    return f"rough: {pairs(count)}" if rough else pairs(count)
 
 
 def interval(row: dict[str, Any]) -> str:
@@ -136,7 +144,7 @@ def summary(data: ReportData) -> list[tuple[str, list[dict[str, Any]]]]:
                 "series": series.get(str(row.get("candidate"))),
                 "mean": words.shown(metric, row.get("mean")),
                 "interval": interval(row),
-                "count": "" if words.number(row.get("count")) is None else f"{float(row['count']):.0f}",
+                "count": counted(row),
                 "floor": words.shown(metric, row.get("noise_floor")).replace("+", "±"),
                 "within": row.get("within_noise") is True,
                 "p": words.probability(row.get("p_value")),

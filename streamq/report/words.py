@@ -27,6 +27,12 @@ DEFINITIONS = {
 }
 
 
+BETTER = {
+    "higher": "higher is better", "lower": "lower is better", "same": "best as float has it", "zero": "best at 0",
+    "": "",
+}  # fmt: skip
+
+
 def definition(metric: str) -> str:
     """A metric's definition; "" for one that is not known."""
     if metric.startswith("vbench_"):
