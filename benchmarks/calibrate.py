@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ("w8a8_static", "w8a8_smooth", "w8a8_gptq")
 
 
-def forward(model: Path, calib: Path) -> dict[str, float]:
+def forward(model: Path, calib: Path, device: str = "cpu") -> dict[str, float]:
     """Seconds of all samples through all blocks, and nothing else."""
     import torch
 
@@ -51,20 +51,22 @@ def forward(model: Path, calib: Path) -> dict[str, float]:
         info = inputs.tensors[name]
         memory = torch.empty(info.nbytes, dtype=torch.uint8)
         data.read(info, 0, host_bytes(memory))
-        return memory.view(TORCH_DTYPES[info.dtype]).view(info.shape)
+        return memory.view(TORCH_DTYPES[info.dtype]).view(info.shape).to(device)
 
     rotary = (read("rotary.cos"), read("rotary.sin"))
-    runner = BlockRunner(expert.model, TORCH_DTYPES[inputs.shapes.dtype], "cpu")
+    runner = BlockRunner(expert.model, TORCH_DTYPES[inputs.shapes.dtype], device)
     samples = [
         Shared(read(f"encoder_hidden_states.{s.states}"), read(f"timestep_proj.{n}"), None, rotary, None)
         for n, s in enumerate(inputs.samples)
     ]
     hidden, seconds = [read(f"hidden_states.{n}") for n in range(len(samples))], 0.0
     for unit in expert.model.replay_order:
-        runner.fill(unit, tensors_of(weights, expert.model, names_in(expert.model, unit), "cpu"))
+        runner.fill(unit, tensors_of(weights, expert.model, names_in(expert.model, unit), device))
         began = time.perf_counter()
         for n, shared in enumerate(samples):
             hidden[n] = runner.run(unit, {"hidden": hidden[n]}, shared)["hidden"]
+        if device != "cpu":
+            torch.get_device_module(device.partition(":")[0]).synchronize()
         seconds += time.perf_counter() - began
     return {"seconds": seconds}
 

@@ -22,16 +22,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 CHUNK = 8 << 20
-QUANTIZED = re.compile(r"blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.0)\.weight")  # what the w8a8 recipe takes
+# What w8a8 takes for MindIE, by native names and by diffusers'; and what of a block it leaves float there.
+QUANTIZED = re.compile(
+    r"blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.0|attn[12]\.to_([qkv]|out\.0)|ffn\.net\.0\.proj)\.weight"
+)
+FFN_2 = re.compile(r"blocks\.\d+\.ffn\.(2|net\.2)\.weight")
 
 
-def load_all(source: Path, out: Path, _: int) -> None:
-    """What a whole-model tool does: load the state dict, quantize it eagerly, save it."""
+def load_all(source: Path, out: Path, every: int, device: str = "cpu") -> None:
+    """What a whole-model tool does: load the state dict, quantize it eagerly, save it.
+
+    every: 0, the layers that MindIE's recipe takes; 1, all of the blocks; 2, those outside blocks as well.
+    """
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -41,15 +50,17 @@ def load_all(source: Path, out: Path, _: int) -> None:
         state |= load_file(path)
     made: dict[str, torch.Tensor] = {}
     for name, weight in state.items():
-        if not QUANTIZED.fullmatch(name):
+        chosen = QUANTIZED.fullmatch(name) or every and FFN_2.fullmatch(name)
+        if not chosen and not (every == 2 and weight.ndim == 2 and name.endswith(".weight")):
             made[name] = weight
             continue
+        weight = weight.to(device)
         scale = (weight.float().abs().amax(dim=1, keepdim=True) / 127).clamp(min=2**-23)
         made[name] = torch.clamp(torch.round(weight.float() / scale), -128, 127).to(torch.int8)
         made[name.removesuffix("weight") + "weight_scale"] = scale
         made[name.removesuffix("weight") + "weight_offset"] = torch.zeros_like(scale)
     out.mkdir()
-    save_file(made, out / "all.safetensors")
+    save_file({name: tensor.cpu() for name, tensor in made.items()}, out / "all.safetensors")
     descriptor = os.open(out / "all.safetensors", os.O_RDWR)
     os.fsync(descriptor)
 
@@ -66,9 +77,13 @@ def copy(source: Path, out: Path, nbytes: int) -> None:
     for path in sources:
         descriptor, position = os.open(path, os.O_RDONLY), 0
         while count := os.preadv(descriptor, [buffer], position):
+            # As streamq does: pages that nobody needs again cost the system more to keep than to drop.
+            os.posix_fadvise(descriptor, position, count, os.POSIX_FADV_DONTNEED)
             position, done = position + count, done + count
             while written < nbytes * done // total:
-                written += os.pwrite(target, buffer[: min(CHUNK, nbytes * done // total - written)], written)
+                size = os.pwrite(target, buffer[: min(CHUNK, nbytes * done // total - written)], written)
+                os.posix_fadvise(target, written, size, os.POSIX_FADV_DONTNEED)
+                written += size
     os.fdatasync(target)
 
 
@@ -87,50 +102,88 @@ CONTESTANTS = {"load_all": load_all, "copy": copy, "streamq": streamq}
 
 
 def note_base() -> None:
-    """Remember what the imports take."""
+    """Remember what the imports take, and when they were done."""
+    globals()["began"] = time.monotonic()
     globals()["base"] = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def worker(name: str, source: Path, out: Path, extra: int) -> None:
     """Runs in a process of its own; its last line is its own account."""
     CONTESTANTS[name](source, out, extra)
-    read = int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])  # type: ignore[index]
+    print(json.dumps(account()))
+
+
+def account() -> dict[str, float]:
+    """This process's peak of memory and what of it is above `note_base`, `work`: seconds since then, and the bytes
+    that it asked the system for and gave to it."""
+    work = time.monotonic() - globals()["began"]
+    counted = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     peak = int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
-    print(json.dumps({"peak": peak, "over_import": peak - globals()["base"], "bytes_read": read}))
+    return {
+        "peak": peak, "over_import": peak - globals()["base"], "work": work,
+        "bytes_read": int(counted["rchar"]), "bytes_written": int(counted["wchar"]),
+    }  # fmt: skip
 
 
 def measure(name: str, source: Path, extra: int, scratch: Path) -> dict[str, float]:
     """One run of one contestant, from a cold page cache."""
     out = scratch / "out"
     shutil.rmtree(out, ignore_errors=True)
+    figures = run_cold([sys.executable, __file__, "--worker", name, str(source), str(out), str(extra)], source)
+    figures["written"] = sum(path.stat().st_size for path in out.rglob("*") if path.suffix == ".safetensors")
+    shutil.rmtree(out)
+    return figures
+
+
+def run_cold(command: Sequence[str], source: Path, env: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Wall and processor seconds of a process that finds nothing of `source` in the page cache, and what its last
+    line says of itself, in JSON. Raises SystemExit if it fails."""
     os.sync()
-    for path in source.glob("*.safetensors"):
+    for path in source.rglob("*.safetensors"):
         descriptor = os.open(path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
-    command = [sys.executable, __file__, "--worker", name, str(source), str(out), str(extra)]
-    began = time.monotonic()
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    account = json.loads(child.stdout.read().splitlines()[-1])
-    _, status, usage = os.wait4(child.pid, 0)
-    wall = time.monotonic() - began
-    assert status == 0, f"{name} failed"
-    size = sum(path.stat().st_size for path in out.rglob("*") if path.suffix == ".safetensors")
-    shutil.rmtree(out)
-    figures = {"wall": wall, "cpu": usage.ru_utime + usage.ru_stime, "written": size}
-    return figures | account
+    with tempfile.TemporaryFile() as said:
+        began = time.monotonic()
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=env)
+        assert child.stdout is not None
+        lines = child.stdout.read().splitlines()
+        _, status, usage = os.wait4(child.pid, 0)
+        wall = time.monotonic() - began
+        said.seek(0)
+        if status or not lines:
+            raise SystemExit(f"{' '.join(command)}: failed\n{said.read().decode(errors='replace')[-2000:]}")
+    return {"wall": wall, "cpu": usage.ru_utime + usage.ru_stime} | json.loads(lines[-1])
+
+
+Runs = dict[str, list[dict[str, Any]]]
+
+
+def take_turns(entries: Mapping[str, Callable[[], dict[str, Any]]], runs: int) -> Runs:
+    """Every contestant `runs` times, in rounds, each of which begins with another one."""
+    found: Runs = {label: [] for label in entries}
+    labels = list(entries)
+    for number in range(runs):
+        first = number % max(1, len(labels))
+        for label in labels[first:] + labels[:first]:
+            found[label].append(entries[label]())
+    return found
+
+
+def ratio(runs: Runs, label: str, other: str, figure: str) -> float:
+    """Median of one contestant's figure over another's of the same round."""
+    pairs = zip(runs[label], runs[other], strict=True)
+    return statistics.median(a[figure] / (b[figure] or 1) for a, b in pairs)
 
 
 def compare(source: Path, runs: int, scratch: Path, read_ahead: list[int]) -> list[dict[str, Any]]:
     """Every contestant in turn, `runs` times; medians, and ratios to load_all run by run."""
-    rounds: dict[str, list[dict[str, float]]] = {}
     written = int(measure("streamq", source, 1, scratch)["written"])  # warm-up, and the copy's size
-    for number in range(runs):
-        entries = [("load_all", "load_all", 0), ("copy", "copy", written)]
-        entries += [(f"streamq --read_ahead {depth}", "streamq", depth) for depth in read_ahead]
-        for label, name, extra in entries[number % len(entries) :] + entries[: number % len(entries)]:
-            rounds.setdefault(label, []).append(measure(name, source, extra, scratch))
+    contestants = {"load_all": ("load_all", 0), "copy": ("copy", written)}
+    contestants |= {f"streamq --read_ahead {depth}": ("streamq", depth) for depth in read_ahead}
+    rounds = take_turns(
+        {label: partial(measure, name, source, extra, scratch) for label, (name, extra) in contestants.items()}, runs
+    )
     table = []
     for label in sorted(rounds):
         row: dict[str, Any] = {"name": label}
@@ -138,8 +191,7 @@ def compare(source: Path, runs: int, scratch: Path, read_ahead: list[int]) -> li
             row[figure] = statistics.median(run[figure] for run in rounds[label])
         for other in ("load_all", "copy"):
             for figure in ("wall", "cpu", "over_import"):
-                pairs = zip(rounds[label], rounds[other], strict=True)
-                row[f"{figure}/{other}"] = statistics.median(a[figure] / (b[figure] or 1) for a, b in pairs)
+                row[f"{figure}/{other}"] = ratio(rounds, label, other, figure)
         table.append(row)
     return table
 

@@ -55,10 +55,8 @@ def forward(x: Tensor, layer: QuantizedLinear, *, half_accumulation: bool = Fals
 def _svdq(x: Tensor, layer: QuantizedLinear, y: Tensor, half_accumulation: bool) -> None:
     """Fill y [m, N] from x [m, K]."""
     half, branch = x.dtype, layer.low_rank
-    smoothed = x if layer.smooth is None else (x.float() / layer.smooth).to(half)
-    codes, scales = quantize_input(smoothed, PRECISION[layer.scheme.type], half)
-    if not half_accumulation:
-        codes.unflatten(1, (scales.shape[1], -1)).mul_(scales.unsqueeze(2))  # exact: few bits each
+    # Codes times scales are exact: few bits each.
+    codes, scales = quantize_input(x, PRECISION[layer.scheme.type], half, layer.smooth, back=not half_accumulation)
     # The branch reads x itself.
     inner = None if branch is None else (x.float() @ branch.down.float().T).to(half).float()
     for part in _tiles(layer):

@@ -93,9 +93,7 @@ def launched() -> int:
         return 1
     number, count = os.environ["RANK"], os.environ["WORLD_SIZE"]
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-        raise UsageError(
-            f"RANK={number} WORLD_SIZE={count}: no number below a count; unset them, or use torchrun"
-        )
+        raise UsageError(f"RANK={number} WORLD_SIZE={count}: no number below a count; unset them, or use torchrun")
     return int(count)
 
 

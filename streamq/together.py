@@ -51,6 +51,9 @@ def begin(plan: Plan, ranks: Ranks) -> tuple[Journal, list[ShardWriter]] | None:
     return Journal(folder / JOURNAL, -1, commits), [ShardWriter(folder, file, shared=True) for file in plan.files]
 
 
+SEARCH = 16  # times the work of plain rounding that a method takes which looks at inputs, roughly
+
+
 @dataclass(frozen=True)
 class Share:
     """What a process does of a unit: the steps that it reads; of each, whether it makes, and whether it writes it."""
@@ -64,31 +67,40 @@ class Share:
 def share(unit: Unit, plan: Plan, ranks: Ranks) -> Share:
     """This process's share: of a block that inputs go through every step is read, of others its own.
 
-    Steps that share a smoothing vector stay together. The largest first, each to whom has the least, by bytes.
-    Where a block's quantized layers are what makes the next one's inputs, everybody makes all.
+    Steps that need one smoothing vector stay together, so that nobody looks for it twice. The most work first, each to
+    whom has the least. Where a block's quantized layers are what makes the next one's inputs, everybody makes all.
     """
-    parts: dict[str, list[int]] = {}
-    for number, step in enumerate(unit.steps):
-        parts.setdefault(_shared_by(step), []).append(number)
-    sizes = {key: sum(unit.steps[number].nbytes for number in part) for key, part in parts.items()}
     loads, mine = [0] * ranks.count, set()
-    for key in sorted(parts, key=lambda key: -sizes[key]):
+    works = {part: sum(_work(unit.steps[number]) for number in part) for part in _parts(unit)}
+    for part in sorted(works, key=lambda part: -works[part]):
         least = loads.index(min(loads))
-        loads[least] += sizes[key]
+        loads[least] += works[part]
         if least == ranks.number:
-            mine |= set(parts[key])
+            mine |= set(part)
     read = [number for number in range(len(unit.steps)) if number in mine or unit.replayed]
     everything = plan.calibration is not None and plan.calibration.next_input == "quantized"
     steps, own = [unit.steps[number] for number in read], [number in mine for number in read]
     return Share(unit, steps, [everything or mine_too for mine_too in own], own)
 
 
-def _shared_by(step: Step) -> str:
-    for output in step.outputs:
-        smooth = output.scheme.smooth if output.scheme else output.smooth
-        if smooth is not None:
-            return smooth.group
-    return step.label
+def _parts(unit: Unit) -> list[tuple[int, ...]]:
+    """Numbers of steps that stay together: those that one vector links, its own layers and the ones that it divides."""
+    parts: list[tuple[set[str], list[int]]] = []
+    for number, step in enumerate(unit.steps):
+        vectors = [output.smooth for output in step.outputs]
+        vectors += [v for output in step.outputs if output.scheme for v in (output.scheme.smooth, output.scheme.rows)]
+        needed, numbers = {vector.group for vector in vectors if vector is not None}, [number]
+        for found in [part for part in parts if part[0] & needed]:
+            parts.remove(found)
+            needed, numbers = needed | found[0], found[1] + numbers
+        parts.append((needed, numbers))
+    return [tuple(numbers) for _, numbers in parts]
+
+
+def _work(step: Step) -> int:
+    """In bytes of a layer that is rounded once."""
+    searched = any(scheme.needs_data for scheme in step.schemes)
+    return step.nbytes * (SEARCH if searched else 1) if step.schemes else step.nbytes // 4
 
 
 def gather_commit(unit: Unit, plan: Plan, commit: Commit, ranks: Ranks) -> Commit:

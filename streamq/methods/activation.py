@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from streamq.device import kernels
 from streamq.methods.floats import E4M3_TOP, mx_fake_quantize, round_e4m3_
 from streamq.methods.statistics import Histogram, InputStatistics
 from streamq.pairs import QConfig
@@ -130,11 +133,9 @@ def quantize_input(x: Tensor, config: QConfig, static: StaticInput | None = None
     if config.dtype == "float":
         return x, None
     if (config.dtype, config.scope) == ("int8", "per_token"):
-        scale = _token_scale(x, 127)
-        return torch.div(x, scale).round_().clamp_(-128, 127), scale
+        return _tokens(_int8_tokens, x, e4m3=False)
     if (config.dtype, config.scope) == ("fp8_e4m3", "per_token"):
-        scale = _token_scale(x, E4M3_TOP)
-        return round_e4m3_(torch.div(x, scale)), scale
+        return _tokens(_fp8_tokens, x, e4m3=True)
     if config.dtype in ("mxfp8", "mxfp4") and config.scope == "per_block":
         return mx_fake_quantize(x, config.dtype), None
     if (config.dtype, config.scope) == ("int8", "per_tensor"):
@@ -145,6 +146,21 @@ def quantize_input(x: Tensor, config: QConfig, static: StaticInput | None = None
         q = torch.div(x, scale).round_().add_(static.offset).clamp_(-128, 127)
         return q.sub_(static.offset), scale
     raise ValueError(f"activations {config.dtype} {config.scope}: no such rounding")
+
+
+def _tokens(reference: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, *, e4m3: bool) -> tuple[Tensor, Tensor]:
+    kernel = kernels.chosen("tokens", reference, kernels.by_rows(x), e4m3=e4m3, floor=TOKEN_FLOOR)
+    return (kernel or reference)(x)
+
+
+def _int8_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = _token_scale(x, 127)
+    return torch.div(x, scale).round_().clamp_(-128, 127), scale
+
+
+def _fp8_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = _token_scale(x, E4M3_TOP)
+    return round_e4m3_(torch.div(x, scale)), scale
 
 
 def _token_scale(x: Tensor, top: float) -> Tensor:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from streamq.device import kernels
+
 HALF = torch.bfloat16  # what the kernels compute in besides codes
 GROUP = {"int4": 64, "nvfp4": 16}
 TOP = {"int4": 7.0, "nvfp4": 6.0}
@@ -48,6 +50,12 @@ def round_weight_(w: Tensor, precision: str, whole: Tensor | None = None, shrink
     Scales: [n, K / group] fp32, as stored. W ≈ values · scales · whole. `whole`: `tensor_scale` of the whole matrix.
     shrink: share of each group's range that is kept. Raises ValueError if K is no multiple of the group size.
     """
+    _grouped(w, GROUP[precision])
+    kernel = kernels.chosen("weight", _round_weight_, w, precision, whole, shrink)
+    return (kernel or _round_weight_)(w, precision, whole, shrink)
+
+
+def _round_weight_(w: Tensor, precision: str, whole: Tensor | None, shrink: float) -> Tensor:
     scales = weight_scales(w, precision, whole, shrink)
     grouped = w.unflatten(1, (scales.shape[1], -1))
     grouped.div_((scales if whole is None else scales * whole).unsqueeze(2))
@@ -77,28 +85,41 @@ def codes_of(values: Tensor, precision: str) -> Tensor:
 
 
 @torch.no_grad()
-def quantize_input(x: Tensor, precision: str, half: torch.dtype = HALF) -> tuple[Tensor, Tensor]:
-    """x [..., K], smoothed, as the kernel quantizes it: (grid values [..., K] fp32, scales [..., K / group] fp32).
+def quantize_input(
+    x: Tensor, precision: str, half: torch.dtype = HALF, smooth: Tensor | None = None, *, back: bool = False
+) -> tuple[Tensor, Tensor]:
+    """x [..., K] as the kernel quantizes x / smooth: (grid values [..., K] fp32, scales [..., K / group] fp32).
 
-    x is rounded to `half` first. Values come from the exact scale, int4 from -8 to 7; scales are numbers of `half`, or
-    of e4m3.
+    What is quantized is rounded to `half` first. Values come from the exact scale, int4 from -8 to 7; scales are
+    numbers of `half`, or of e4m3. back: values times their scales. smooth: [K] fp32.
     """
+    _grouped(x, GROUP[precision])
+    kernel = kernels.chosen("inputs", _quantize_input, kernels.by_rows(x), precision, half, smooth, back)
+    return (kernel or _quantize_input)(x, precision, half, smooth, back)
+
+
+def _quantize_input(
+    x: Tensor, precision: str, half: torch.dtype, smooth: Tensor | None, back: bool
+) -> tuple[Tensor, Tensor]:
+    x = x if smooth is None else x.float() / smooth
     groups = _grouped(x.to(half).float(), GROUP[precision])
     amax = torch.maximum(groups.amax(dim=-1), groups.amin(dim=-1).neg_())
+    if amax.device.type == "cuda":
+        amax.abs_()  # of zeros +0, as the kernel has it
     exact = amax.mul_(1 / TOP[precision])  # the kernels multiply by the fp32 reciprocal
     if precision == "nvfp4":
         exact.clamp_max_(E4M3_MOST)
     inverse = torch.where(exact > 0, exact.reciprocal(), torch.zeros_like(exact)).unsqueeze(-1)
     values = groups.mul_(inverse)
     values = values.round_().clamp_(-8, 7) if precision == "int4" else round_e2m1_(values)
-    return values.flatten(-2), exact.to(half if precision == "int4" else torch.float8_e4m3fn).float()
+    scales = exact.to(half if precision == "int4" else torch.float8_e4m3fn).float()
+    return (values.mul_(scales.unsqueeze(-1)) if back else values).flatten(-2), scales
 
 
 @torch.no_grad()
 def fake_quantize_input(x: Tensor, precision: str) -> Tensor:
     """What the kernel's rounding leaves of x [..., K], smoothed: fp32, a new tensor."""
-    values, scales = quantize_input(x, precision)
-    return values.unflatten(-1, (scales.shape[-1], -1)).mul_(scales.unsqueeze(-1)).flatten(-2)
+    return quantize_input(x, precision, back=True)[0]
 
 
 def _grouped(x: Tensor, size: int) -> Tensor:

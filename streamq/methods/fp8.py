@@ -15,6 +15,8 @@ Tiles, smoothing vectors and errors are those of `int8`; beside the codes it hol
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,6 +67,14 @@ class _Job(int8.Job):
         super().__init__(weight, scheme, out, columns, rows, ranges)
         self.codes = self.codes.view(torch.float8_e4m3fn)
         self.scratch = torch.empty(self.work.wide.shape, device=weight.device)
+
+    def told(self) -> dict[str, Any] | None:
+        """See `int8.Job`."""
+        rule = self.rule
+        if rule.arithmetic != "fp32" or rule.scale_dtype not in ("F32", "BF16") or rule.fp8_halves != "even":
+            return None
+        return {"e4m3": True, "amax_floor": rule.amax_floor, "scale_floor": rule.scale_floor,
+                "zero_scale": ZERO_SCALE, "bf16_scale": rule.scale_dtype == "BF16"}  # fmt: skip
 
     def scale(self, amax: Tensor) -> Tensor:
         """[rows, 1] amax -> the scale, in amax's dtype, above 0."""

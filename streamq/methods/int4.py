@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamq.device import kernels
 from streamq.methods.fourbit import HALF
 from streamq.methods.gptq import gptq
 from streamq.methods.report import weight_error
@@ -314,9 +315,14 @@ def _codes(w: Tensor, scale: Tensor, offset: Tensor, symmetric: bool = False) ->
 
 def _better(best: Fit | None, w: Tensor, scale: Tensor, offset: Tensor, share: Tensor, symmetric: bool = False) -> Fit:
     """For each group the scale and offset of less error, weighted by share [groups, g]: the best so far, or these."""
-    lost = _codes(w, scale, offset, symmetric).sub_(offset).mul_(scale).sub_(w).square_()
-    error = lost.mul_(share).sum(dim=2, keepdim=True)
+    args = (w, scale, offset, share.unsqueeze(0), symmetric)
+    error = (kernels.chosen("lost", _lost, *args) or _lost)(*args).sum(dim=2, keepdim=True)
     if best is None:
         return error, scale, offset
     less = error < best[0]
     return torch.where(less, error, best[0]), torch.where(less, scale, best[1]), torch.where(less, offset, best[2])
+
+
+def _lost(w: Tensor, scale: Tensor, offset: Tensor, share: Tensor, symmetric: bool) -> Tensor:
+    """Squared error of every code's number, times its share."""
+    return _codes(w, scale, offset, symmetric).sub_(offset).mul_(scale).sub_(w).square_().mul_(share)

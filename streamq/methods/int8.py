@@ -21,6 +21,7 @@ ones on an accelerator, `tile_rows`), with GPTQ what `gptq` says.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from threading import Lock
 from typing import Any
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamq.device import kernels
 from streamq.dtypes import TORCH_DTYPES
 from streamq.methods.activation import static_input
 from streamq.methods.gptq import gptq
@@ -135,6 +137,10 @@ class Job:
         whole = self.whole(mse) if self.config.scope == "per_tensor" else None
         for part in self.parts():
             w = work.cast(weight, part)
+            fused = None if mse or whole is not None else self.kernel(w, part)
+            if fused is not None:
+                self.measure(fused(w, self.codes[part], self.scales[part]), part, w)
+                continue
             if whole is not None:
                 amax = whole.expand(w.shape[0], 1)
             else:
@@ -146,6 +152,33 @@ class Job:
             self.codes[part].copy_(q)
             self.scales[part].copy_(scale)
             self.measure(q, part, w)
+
+    def kernel(self, w: Tensor, part: slice) -> Callable[..., Tensor] | None:
+        """What stands in for `plain` on this device; None: nothing does."""
+        how = self.told() if kernels.possible(w) and self.codes.is_contiguous() else None
+        if how is None:
+            return None
+        found = kernels.chosen("rows", self.plain, w, self.codes[part], self.scales[part], values=self.work.q, **how)
+        if found is not None and self.ranges is not None:
+            self.ranges.amax_of(part, self.work)  # the norms are asked for later
+        return found
+
+    def told(self) -> dict[str, Any] | None:
+        """What the kernel needs to know; None for arithmetic that it has not."""
+        rule = self.rule
+        known = rule.arithmetic == "fp32" and rule.scale_dtype in ("F32", "BF16")
+        if not known or rule.amax_floor <= 0 and rule.scale_floor <= 0:  # codes of a scale of 0 differ between devices
+            return None
+        return {"e4m3": False, "amax_floor": rule.amax_floor, "scale_floor": rule.scale_floor,
+                "bf16_scale": rule.scale_dtype == "BF16", "qmin": float(rule.qmin)}  # fmt: skip
+
+    def plain(self, w: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+        """A tile by rows, as `round` does it; its values, in scratch memory."""
+        scale = self.scale(self.work.row_amax(w))
+        q = self.values(w, scale, False)
+        codes.copy_(q)
+        scales.copy_(scale)
+        return q
 
     def scale(self, amax: Tensor) -> Tensor:
         """[rows, 1] amax -> the scale, in amax's dtype, rounded to what the runtime will keep of it."""
