@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 WIDTH = 4  # runs at a time: most of their time they sleep
-LIMIT = 20.0  # seconds that a run may take before it counts as hung
+LIMIT = 60.0  # seconds that a run may take before it counts as hung
 WARM_LIMIT = 120.0  # and the first one, which imports everything
 CHUNK, TILE = 1999, 8192  # bytes: of the pinned rings, an odd number, and of a method's tile on a device
 STAGES = ("read", "write", "sync", "commit", "hash", "method", "replay")

@@ -37,7 +37,7 @@ def peak(tmp_path: Path, blocks: int, *more: object, kind: str = "w8a8") -> tupl
     return json.loads(made.stdout)["peak_host_bytes"], predicted
 
 
-@pytest.mark.parametrize("read_ahead", [0, 2])
+@pytest.mark.parametrize("read_ahead", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_memory_is_flat_in_blocks(tmp_path: Path, read_ahead: int) -> None:
     (few, plan_few), (many, plan_many) = (peak(tmp_path, n, "--read_ahead", read_ahead) for n in (2, 12))
     assert plan_few == plan_many

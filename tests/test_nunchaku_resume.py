@@ -99,7 +99,7 @@ def test_killed(kit: Kit, works: Works, tmp_path: Path, name: str) -> None:
     assert not problems, report(problems)
 
 
-@pytest.mark.parametrize("name", ["w4a4", "gptq"])
+@pytest.mark.parametrize("name", ["w4a4", pytest.param("gptq", marks=pytest.mark.slow)])
 def test_resumed_with_other_settings(kit: Kit, works: Works, tmp_path: Path, name: str) -> None:
     """Streams in memory at first and from the disk later, at another depth."""
     work = works(name)

@@ -34,9 +34,10 @@ from streamq.stages import Lane, Team
 pytestmark = pytest.mark.xdist_group("pressure")  # one pair of servers
 
 DEPTHS = (0, 1, 2, 5, 64)
+DEPTHS_TO_TRY = [pytest.param(depth, marks=pytest.mark.slow) if depth in (1, 5) else depth for depth in DEPTHS]
 MIXTURES = max(1, KILLS // 20)
 STAGES = ("read", "write", "sync", "hash", "method")
-SOON = 4.0  # seconds from a fault to the end, on a machine that is busy; what is queued would take much longer
+SOON = 6.0  # seconds from a fault to the end, on a machine that is busy; what is queued would take much longer
 KINDS: dict[str, tuple[str, ...]] = {
     "one": ("--quant_type", "w8a8", "--format", "mindie"),
     "several": ("--quant_type", "w8a8", "--format", "mindie,lightx2v"),
@@ -140,7 +141,7 @@ def check_bounds(outcome: Outcome, depth: int, *, whole_blocks: bool = False) ->
 # Slow, and nothing else.
 
 
-@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("depth", DEPTHS_TO_TRY)
 def test_the_same_bytes_however_slow(cpu: Bench, depth: int) -> None:
     for turn in range(MIXTURES):
         jobs = [
@@ -151,7 +152,7 @@ def test_the_same_bytes_however_slow(cpu: Bench, depth: int) -> None:
             check_bounds(outcome, depth, whole_blocks=kind == "calibrated")
 
 
-@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("depth", DEPTHS_TO_TRY)
 def test_the_same_bytes_however_slow_the_device(npu: Bench, depth: int) -> None:
     """Copies in, copies out and arithmetic; nothing is ever pinned but the two rings."""
     stages = (*STAGES, "copy_in", "copy_out")
@@ -314,7 +315,7 @@ def test_nothing_is_begun_behind_a_failed_job(depth: int) -> None:
         lane.submit(pytest.fail)
 
 
-@pytest.mark.parametrize("stage", ["write", "commit"])
+@pytest.mark.parametrize("stage", [pytest.param("write", marks=pytest.mark.slow), "commit"])
 def test_who_presses_twice_loses_nothing(cpu: Bench, stage: str) -> None:
     """A second Ctrl-C while the first one waits for what is being written."""
     at, how = {"write": 30, "commit": 1}[stage], {"act": int(signal.SIGINT), "times": 2, "pause": 0.05}

@@ -52,7 +52,7 @@ def ended(started: Iterable[Started]) -> list[Ended]:
     return [one.wait() for one in started]
 
 
-def together_(runs: Runs, argv: Sequence[str], count: int, faults: Mapping[int, Fault] | None = None) -> list[Ended]:
+def launch(runs: Runs, argv: Sequence[str], count: int, faults: Mapping[int, Fault] | None = None) -> list[Ended]:
     return ended(start(runs, argv, count, faults))
 
 
@@ -70,19 +70,19 @@ def check(found: list[Ended], out: Path, work: Work) -> None:
 def test_data_free(runs: Runs, works: Works, tmp_path: Path, model: str, depth: int, count: int) -> None:
     work = works(model, "--format", "mindie,lightx2v,diffusers,comfyui")
     out = tmp_path / "out"
-    check(together_(runs, work.argv(out, "--read_ahead", depth), count), out, work)
+    check(launch(runs, work.argv(out, "--read_ahead", depth), count), out, work)
 
 
 def test_more_processes_than_layers(runs: Runs, works: Works, tmp_path: Path) -> None:
     work = works("small", "--format", "mindie")
-    check(together_(runs, work.argv(tmp_path / "out"), 6), tmp_path / "out", work)
+    check(launch(runs, work.argv(tmp_path / "out"), 6), tmp_path / "out", work)
 
 
 def test_gguf_with_zeros_between_tensors(runs: Runs, models: Models, tmp_path: Path) -> None:
     argv = ["quant", "--model_path", str(models("three")), "--device", "cpu"]
     argv += ["--quant_type", "w8a16", "--format", "gguf"]
     assert runs([*argv, "--save_path", str(tmp_path / "one")]).status == 0
-    found = together_(runs, [*argv, "--save_path", str(tmp_path / "two")], 2)
+    found = launch(runs, [*argv, "--save_path", str(tmp_path / "two")], 2)
     assert [one.status for one in found] == [0, 0], found
     assert not differences(tmp_path / "two", snapshot(tmp_path / "one"))
 
@@ -97,14 +97,12 @@ def test_calibrated(kit: Kit, tmp_path: Path, model: str, recipe: str, count: in
     """Three samples: with two processes one of them has two, the other one."""
     work = kit.work(model, recipe)
     out = tmp_path / "out"
-    check(together_(kit.runs, work.argv(out), count), out, work)
+    check(launch(kit.runs, work.argv(out), count), out, work)
 
 
 def test_each_replays_its_samples_alone(kit: Kit, tmp_path: Path) -> None:
     work = kit.work("three", "smooth")
-    calls = [
-        sum(call.startswith("replay") for call in one.calls) for one in together_(kit.runs, work.argv(tmp_path), 3)
-    ]
+    calls = [sum(call.startswith("replay") for call in one.calls) for one in launch(kit.runs, work.argv(tmp_path), 3)]
     alone = sum(call.startswith("replay") for call in work.calls)
     assert calls == [alone // 3] * 3 and alone == 3 * 3, (calls, alone)
 
@@ -115,14 +113,14 @@ def test_each_replays_its_samples_alone(kit: Kit, tmp_path: Path) -> None:
 def lost(runs: Runs, work: Work, out: Path, who: int, fault: Fault, again: int, count: int = 2) -> str:
     """One of the processes is killed; the others end; any number goes on. What is wrong, if anything."""
     began = time.monotonic()
-    found = together_(runs, work.argv(fresh(out)), count, {who: fault})
+    found = launch(runs, work.argv(fresh(out)), count, {who: fault})
     taken = time.monotonic() - began
     others = [one for number, one in enumerate(found) if number != who]
     problems = [] if found[who].status == KILLED else [f"process {who}: {found[who].status} {found[who].err[-300:]}"]
     problems += [f"survivor: {one.status} {one.err[-400:]}" for one in others if one.status not in (0, 1)]
     problems += [f"not one message: {one.err[-400:]}" for one in others if one.status == 1 and len(one.errors) > 1]
     problems += [f"ended after {taken:.0f} s"] if taken > 60 else []
-    then = together_(runs, work.argv(out), again)
+    then = launch(runs, work.argv(out), again)
     problems += [f"again: {one.status} {one.err[-400:]}" for one in then if one.status != 0]
     problems += [differences(out, work.result)] if not problems else []
     shutil.rmtree(out)
@@ -132,7 +130,7 @@ def lost(runs: Runs, work: Work, out: Path, who: int, fault: Fault, again: int, 
 @pytest.mark.parametrize("who", [0, 1])
 def test_a_lost_process(runs: Runs, works: Works, tmp_path: Path, who: int) -> None:
     work = works("three", "--format", "mindie,lightx2v")
-    alone = together_(runs, work.argv(tmp_path / "calls"), 2)
+    alone = launch(runs, work.argv(tmp_path / "calls"), 2)
     numbers = range(1, len(alone[who].calls) + 1)
     chosen = numbers if THOROUGH else sorted(random.Random(who).sample(numbers, 4))
     for number in chosen:
@@ -143,7 +141,7 @@ def test_a_lost_process(runs: Runs, works: Works, tmp_path: Path, who: int) -> N
 @pytest.mark.parametrize("who", [0, 1])
 def test_a_lost_process_while_calibrating(kit: Kit, tmp_path: Path, who: int) -> None:
     work = kit.work("three", "smooth")
-    alone = together_(kit.runs, work.argv(tmp_path / "calls"), 2)
+    alone = launch(kit.runs, work.argv(tmp_path / "calls"), 2)
     assert [one.status for one in alone] == [0, 0]
     numbers = [n for n, call in enumerate(alone[who].calls, 1) if not call.startswith(("open", "mkdir"))]
     for number in numbers if THOROUGH else sorted(random.Random(who + 7).sample(numbers, 3)):
@@ -153,7 +151,7 @@ def test_a_lost_process_while_calibrating(kit: Kit, tmp_path: Path, who: int) ->
 
 def test_one_is_killed_and_the_others_say_so(runs: Runs, works: Works, tmp_path: Path) -> None:
     work = works("three", "--format", "mindie")
-    found = together_(runs, work.argv(tmp_path / "out"), 3, {2: Fault("before", 1, "pwrite")})
+    found = launch(runs, work.argv(tmp_path / "out"), 3, {2: Fault("before", 1, "pwrite")})
     assert [one.status for one in found] == [1, 1, KILLED], [one.err for one in found]
     errors = [line for one in found for line in one.errors]
     assert len(errors) == 1 and "one of the 3 processes of this run is gone" in errors[0], errors
@@ -172,7 +170,7 @@ def test_terminated(runs: Runs, works: Works, tmp_path: Path) -> None:
     found = ended(started)
     assert all(one.status in (1, 130) for one in found), [one.err for one in found]
     assert sum(len(one.errors) for one in found) == 1, [one.err for one in found]
-    check(together_(runs, work.argv(tmp_path / "out"), 2), tmp_path / "out", work)
+    check(launch(runs, work.argv(tmp_path / "out"), 2), tmp_path / "out", work)
 
 
 # 3. One message.
@@ -180,7 +178,7 @@ def test_terminated(runs: Runs, works: Works, tmp_path: Path) -> None:
 
 def test_the_same_wrong_use_is_told_once(runs: Runs, models: Models, tmp_path: Path) -> None:
     argv = ["quant", "--model_path", str(models("small")), "--quant_type", "w9", "--save_path", str(tmp_path / "out")]
-    found = together_(runs, argv, 3)
+    found = launch(runs, argv, 3)
     assert [one.status for one in found] == [2, 2, 2]
     assert len([line for one in found for line in one.errors]) == 1 and not (tmp_path / "out").exists()
 
@@ -192,7 +190,7 @@ def test_a_damaged_layer_is_told_once(runs: Runs, own_model: Models, tmp_path: P
     content[-4:] = b"\0\0\xc0\x7f"  # NaN, in the last tensor
     path.write_bytes(content)
     argv = ["quant", "--model_path", str(model), "--quant_type", "w8a8", "--device", "cpu"]
-    found = together_(runs, [*argv, "--save_path", str(tmp_path / "out")], 2)
+    found = launch(runs, [*argv, "--save_path", str(tmp_path / "out")], 2)
     errors = [line for one in found for line in one.errors]
     assert [one.status for one in found] == [1, 1] and len(errors) == 1 and "NaN" in errors[0], [
         one.err for one in found
@@ -213,7 +211,7 @@ def test_not_the_same_command(runs: Runs, models: Models, tmp_path: Path) -> Non
 
 
 def test_other_commands_are_one_process(runs: Runs, models: Models, tmp_path: Path) -> None:
-    found = together_(runs, ["plan", "--model_path", str(models("small")), "--save_path", str(tmp_path)], 2)
+    found = launch(runs, ["plan", "--model_path", str(models("small")), "--save_path", str(tmp_path)], 2)
     assert [one.status for one in found] == [2, 2]
     assert "only quant divides its work" in "".join(one.err for one in found)
 
@@ -221,7 +219,7 @@ def test_other_commands_are_one_process(runs: Runs, models: Models, tmp_path: Pa
 def test_finished_already(runs: Runs, works: Works, tmp_path: Path) -> None:
     work = works("small", "--format", "mindie")
     assert runs(work.argv(tmp_path / "out")).status == 0
-    found = together_(runs, work.argv(tmp_path / "out"), 2)
+    found = launch(runs, work.argv(tmp_path / "out"), 2)
     assert [one.status for one in found] == [0, 0] and "already done" in found[0].out and not found[1].out
 
 

@@ -87,6 +87,7 @@ def test_killed_at_random(runs: Runs, works: Works, tmp_path: Path, model: str, 
     assert sum(runs.each(track, range(runs.width))) >= quota * runs.width
 
 
+@pytest.mark.slow
 def test_killed_as_a_process(works: Works, tmp_path: Path) -> None:
     """The same without forking: `python -m streamq`, once while it starts, then while it works."""
     work = works("large", "--format", BOTH)
@@ -144,7 +145,7 @@ def test_power_cut(runs: Runs, works: Works, tmp_path: Path, act: str) -> None:
     numbers = thinned(range(1, len(work.calls) + 1), work.calls, 30)
     if act == "power_kept":
         numbers = [number for number, call in enumerate(work.calls, 2) if call.startswith("replace")]
-    faults = some([Fault(act, number) for number in numbers], 25)
+    faults = some([Fault(act, number) for number in numbers], 14)
     problems = sweep(runs, work, tmp_path, faults, was_killed)
     assert not problems, report(problems)
 
@@ -299,7 +300,7 @@ def test_disk_full_while_finishing(runs: Runs, works: Works, tmp_path: Path) -> 
     unlink = work.numbers("unlink")[0]
     numbers = [number for number in work.numbers(*names) if first < number < unlink]
     judged = failed_as_told(work)
-    problems = sweep(runs, work, tmp_path, some([Fault("error", n, code=errno.ENOSPC) for n in numbers], 20), judged)
+    problems = sweep(runs, work, tmp_path, some([Fault("error", n, code=errno.ENOSPC) for n in numbers], 10), judged)
     assert not problems, report(problems)
 
 
@@ -343,7 +344,7 @@ def test_short_writes(runs: Runs, works: Works, tmp_path: Path) -> None:
 # 4. Interrupted.
 
 
-@pytest.mark.parametrize("read_ahead", [0, 3])
+@pytest.mark.parametrize("read_ahead", [pytest.param(0, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted(runs: Runs, works: Works, tmp_path: Path, number: signal.Signals, read_ahead: int) -> None:
     work = works("small", "--format", BOTH, "--read_ahead", read_ahead)
@@ -362,7 +363,7 @@ def test_interrupted_again_and_again(runs: Runs, works: Works, tmp_path: Path) -
     assert not problems, report(problems)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_interrupted_process(runs: Runs, works: Works, tmp_path: Path, number: signal.Signals) -> None:
     work, out = works("large", "--format", BOTH), tmp_path / "out"
     command = [sys.executable, "-m", "streamq", *work.argv(out)]

@@ -9,6 +9,7 @@ model, same kind of device and number of threads: the same bytes. Needs no torch
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -34,7 +35,7 @@ from streamq.calibration.settings import (
 from streamq.calibration.store import DOCUMENT, CalibSet, file_name, open_set, write_document
 from streamq.checkpoint import Source
 from streamq.device import Device
-from streamq.errors import UsageError
+from streamq.errors import RunError, UsageError
 from streamq.savers.shard import PARTIAL, disk_errors
 from streamq.wan import Expert, Model
 
@@ -201,8 +202,9 @@ def all_threads() -> Iterator[None]:
 
 @contextmanager
 def at_work(folder: Path) -> Iterator[None]:
-    """Create the folder, show that files can be made in it, and keep a second run out of it. Raises UsageError.
+    """Create the folder, show that files can be made in it, and keep a second run out of it.
 
+    Raises UsageError, RunError for a disk that is full or fails.
     Folders that are made here go again if nothing was put into them: what is refused later leaves no trace.
     """
     new: list[Path] = []
@@ -215,9 +217,9 @@ def at_work(folder: Path) -> Iterator[None]:
             with tempfile.TemporaryFile(dir=folder):  # os.access says yes to root, of /proc too
                 pass
         except OSError as error:
-            raise UsageError(
-                f"--save_path {folder}: no files can be made in it ({error.strerror}); choose another folder"
-            ) from error
+            why = f"--save_path {folder}: no files can be made in it ({error.strerror}); choose another folder"
+            # A full or a failing disk is no wrong use.
+            raise (RunError if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT) else UsageError)(why) from error
         if not _locked(descriptor):
             new.clear()
             raise UsageError(f"--save_path {folder}: another run is at work on it; wait for it, or choose another")
