@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -157,6 +158,17 @@ def test_one_is_killed_and_the_others_say_so(runs: Runs, works: Works, tmp_path:
     assert len(errors) == 1 and "one of the 3 processes of this run is gone" in errors[0], errors
     assert "the same command goes on" in errors[0] and (tmp_path / "out" / JOURNAL).exists()
     assert runs(work.argv(tmp_path / "out")).status == 0 and not differences(tmp_path / "out", work.result)
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_full_disk(runs: Runs, works: Works, tmp_path: Path, who: int) -> None:
+    """Whoever meets it says so, once; what is committed is kept."""
+    work, out = works("three", "--format", "mindie,lightx2v"), tmp_path / "out"
+    found = launch(runs, work.argv(out), 2, {who: Fault("error", 9, "pwrite", code=errno.ENOSPC)})
+    assert [one.status for one in found] == [1, 1], [one.err for one in found]
+    assert not found[who].complaint(1) and "make room" in found[who].errors[0] and not found[1 - who].errors
+    assert (out / JOURNAL).exists() and not any(path.suffix == ".safetensors" for path in out.rglob("*"))
+    check([runs(work.argv(out))], out, work)
 
 
 def test_terminated(runs: Runs, works: Works, tmp_path: Path) -> None:
