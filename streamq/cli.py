@@ -221,7 +221,6 @@ def _quant(args: argparse.Namespace) -> int:
         if doomed:
             display.warn([f"--overwrite discards {len(doomed)} files in {options.save_path}: {', '.join(doomed[:5])}"])
     figures = _run(plan, peers)
-    ranks.disconnect(peers)
     if not peers.first:
         return 0
     if args.preview:
@@ -442,6 +441,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status, message = _explain(error)
         _tell(" ".join(message.split()), peers)
         return status
+    finally:
+        ranks.disconnect(peers)
 
 
 def _tell(message: str, peers: ranks.Ranks) -> None:

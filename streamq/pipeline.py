@@ -134,19 +134,19 @@ def _read_ahead(steps: list[Step], work: Work, reader: Lane, writer: Lane) -> It
                 yield begun.popleft()
             else:
                 writer.drain()
-        begun.append((step, memory, reader.start(load, step, memory, work)))
+        begun.append((step, memory, None if memory is None else reader.start(load, step, memory, work)))
         if len(begun) > reader.depth:
             yield begun.popleft()
     yield from begun
 
 
 def _ready(
-    step: Step, memory: torch.Tensor | None, token: Future[Any], work: Work, commit: Commit, block: Block,
+    step: Step, memory: torch.Tensor | None, token: Future[Any] | None, work: Work, commit: Commit, block: Block,
     made: bool = True,
 ) -> Ready:  # fmt: skip
     if not made or (memory is None and step.sources):
         return step, None, memory is not None
-    if memory is not None:
+    if memory is not None and token is not None:
         work.device.wait(token.result())
         if block.seen is None:  # otherwise it was done before the inputs went through
             merge_loras(step, memory, work)

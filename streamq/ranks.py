@@ -7,16 +7,22 @@ process, which tells itself. Objects go by pickle, between processes of one run 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import pickle
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from streamq.errors import RunError, StreamqError, UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 # How long one waits for another that lives: as long as making inputs, or a block in 4 bits, may take.
 PATIENCE = timedelta(hours=12)
+LAST_WORDS = timedelta(seconds=20)  # how long one that ends waits until what it has sent has left
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 FAILED = "streamq/failed"
 
@@ -28,6 +34,7 @@ class Ranks:
     number: int = 0
     count: int = 1
     store: Any = None
+    sent: list[tuple[Any, torch.Tensor]] = field(default_factory=list, compare=False)
 
     @property
     def first(self) -> bool:
@@ -38,16 +45,37 @@ class Ranks:
         """Everybody's value, in the order of their numbers; waits for all. Raises RunError if one is gone."""
         if self.count == 1:
             return [value]
-        from torch import distributed
+        import torch
 
-        found: list[Any] = [None] * self.count
+        own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         try:
-            distributed.all_gather_object(found, value)
+            sizes = self._exchange(torch.tensor([own.numel()]), [1] * self.count)
+            return [pickle.loads(part.numpy()) for part in self._exchange(own, [int(size) for size in sizes])]
         except RuntimeError as error:
+            self.sent.clear()  # whoever still waits for it hears that this one has gone, too
             raise RunError(
                 f"one of the {self.count} processes of this run is gone ({' '.join(str(error).split())[:120]}); what is"
                 " committed is kept: the same command goes on, with any number of processes"
             ) from error
+
+    def _exchange(self, own: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+        """Everybody's tensor, by their sizes. Waits for what comes and not for what leaves.
+
+        Of a process that dies, gloo (as in torch 2.13) always tells whoever waits to receive, but one in about a
+        thousand that wait for a send, `all_gather` among them, is never woken. What was sent the last time has arrived
+        when all have answered.
+        """
+        import torch
+        from torch import distributed
+
+        others = [number for number in range(self.count) if number != self.number]
+        found = [torch.empty(size, dtype=own.dtype) for size in sizes]
+        found[self.number] = own
+        coming = [distributed.irecv(found[number], number) for number in others]
+        sent = [(distributed.isend(own, number), own) for number in others]
+        for work in coming:
+            work.wait()
+        self.sent[:] = sent
         return found
 
     def by_first(self, job: Callable[[], T]) -> T:
@@ -119,8 +147,8 @@ def connect() -> Ranks:
 
 
 def disconnect(ranks: Ranks) -> None:
-    """The run has ended well."""
-    if ranks.count > 1:
-        from torch import distributed
-
-        distributed.destroy_process_group()
+    """This process needs the others no more, and they have heard its last word."""
+    for work, _ in ranks.sent:
+        with suppress(RuntimeError):  # gone, and nobody's result depends on it any more
+            work.wait(LAST_WORDS)
+    ranks.sent.clear()

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 Tensors = Callable[[], list[tuple[Place, torch.Tensor]]]
 Begun = dict[Scheme, Future[tuple[QuantizedLinear, dict[str, Any]]]]
-Loaded = tuple[Step, torch.Tensor | None, Future[Any]]  # a step, its region of the arena, the loading of it
+# A step, and, unless it passes through, its region of the arena and the loading of it.
+Loaded = tuple[Step, torch.Tensor | None, Future[Any] | None]
 
 
 @dataclass
@@ -55,12 +56,12 @@ class Work:
     ranks: Ranks
 
 
-def load(step: Step, memory: torch.Tensor | None, work: Work) -> Any:
+def load(step: Step, memory: torch.Tensor, work: Work) -> Any:
     token = None
-    for info, part in zip(step.sources, parts_of(step, memory) if memory is not None else (), strict=False):
+    for info, part in zip(step.sources, parts_of(step, memory), strict=False):
         token = work.device.load(partial(work.source.read, info), part)
         work.source.drop(info)
-    if memory is not None and step.deltas:
+    if step.deltas:
         token = _load_factors(step, memory, work)
     return token
 
@@ -140,7 +141,7 @@ def observe(unit: Unit, held: list[Loaded], work: Work, replay: Replay) -> Seen:
     """Send the calibration inputs through a block."""
     tensors: dict[str, torch.Tensor] = {}
     for step, memory, token in held:
-        if memory is not None:
+        if memory is not None and token is not None:
             work.device.wait(token.result())
             merge_loras(step, memory, work)
             for name, info, tensor in zip(step.tensors, step.sources, tensors_of(step, memory), strict=True):
