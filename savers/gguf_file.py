@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from streamq.checkpoint import BLOCK_SIZE, MAX_DIMENSIONS, SourceFile, TensorInfo, nbytes_of
-from streamq.errors import UsageError
+from streamq.errors import DamagedError, UsageError
 from streamq.savers import Spec
 from streamq.savers.shard import Place, TensorFile
 
@@ -145,7 +145,7 @@ class _Cursor:
         self._stream = stream
 
     def fail(self, what: str) -> UsageError:
-        return UsageError(f"{self.path}: {what}; not a sound GGUF file: make or download it again")
+        return DamagedError(f"{self.path}: {what}; not a sound GGUF file", "make or download it again")
 
     def check(self, count: int, what: str) -> None:
         """Raise UsageError if `count` bytes more are more than the file has, or than a header may be long."""

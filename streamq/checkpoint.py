@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamq.errors import RunError, UsageError
+from streamq.errors import DOWNLOAD, DamagedError, RunError, UsageError
 
 DTYPE_SIZE = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
@@ -32,8 +32,6 @@ BLOCK_SIZE = {"Q8_0": (32, 34), "Q4_0": (32, 18)}
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 MAX_INDEX_BYTES = 64 << 20
 MAX_DIMENSIONS = 16
-AGAIN = "download this file again"
-_DOWNLOAD = re.compile(r"(?:make or )?download (?:it|them|both|(?:this|the) \w+)(?: again)?")
 PICKLE_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle"}
 SHARD_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 
@@ -127,10 +125,8 @@ def _without_index(folder: Path) -> list[Path]:
     (stem, count), present = next(iter(stems.items()))
     for number in range(1, count + 1):
         if number not in present:
-            raise UsageError(
-                f"{folder}: shard {stem}-{number:05d}-of-{count:05d}.safetensors is missing"
-                f" ({len(present)} of {count} are here); download it"
-            )
+            name = f"{stem}-{number:05d}-of-{count:05d}.safetensors"
+            raise DamagedError(f"{folder}: shard {name} is missing ({len(present)} of {count} are here)", "download it")
     return files
 
 
@@ -138,12 +134,11 @@ def _from_index(folder: Path, index: Path) -> Checkpoint:
     document = load_json(index, MAX_INDEX_BYTES)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UsageError(f"{index}: no `weight_map` object in it; download the index again")
+        raise DamagedError(f"{index}: no `weight_map` object in it", "download the index again")
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or not 0 < len(file) < 256:
-            raise UsageError(
-                f"{index}: weight_map.{tensor} is {str(file)[:80]!r}, not a file name; download the index again"
-            )
+            what = f"{index}: weight_map.{tensor} is {str(file)[:80]!r}, not a file name"
+            raise DamagedError(what, "download the index again")
         if os.path.isabs(file) or ".." in Path(file).parts or "\\" in file or "\0" in file:
             raise UsageError(
                 f"{index}: weight_map.{tensor} points outside the folder: {file!r}; such an index is not followed"
@@ -151,14 +146,13 @@ def _from_index(folder: Path, index: Path) -> Checkpoint:
     names = sorted(set(weight_map.values()))
     for name in names:
         if not (folder / name).is_file():
-            raise UsageError(f"{folder / name}: missing, but {index.name} lists it; download this shard")
+            raise DamagedError(f"{folder / name}: missing, but {index.name} lists it", "download this shard")
     checkpoint = _assemble(folder, [folder / name for name in names])
     for tensor, name in weight_map.items():
         info = checkpoint.tensors.get(tensor)
         if info is None or checkpoint.files[info.file].name != name:
-            raise UsageError(
-                f"{tensor}: {index.name} says it is in {name}, whose header has no such tensor; download both again"
-            )
+            what = f"{tensor}: {index.name} says it is in {name}, whose header has no such tensor"
+            raise DamagedError(what, "download both again")
     for tensor, info in checkpoint.tensors.items():
         if tensor not in weight_map:
             raise UsageError(
@@ -201,9 +195,9 @@ def read_header(path: Path, root: Path, number: int = 0) -> tuple[SourceFile, li
             length = int.from_bytes(first, "little")
             if len(first) < 8 or length > status.st_size - 8:
                 _refuse_other_kinds(path, first)
-                raise UsageError(
+                raise DamagedError(
                     f"{path}: header length says {length} bytes, the file has {max(0, status.st_size - 8)} after it;"
-                    " truncated or not safetensors: download it again"
+                    " truncated or not safetensors"
                 )
             if length > MAX_HEADER_BYTES:
                 raise UsageError(
@@ -235,22 +229,18 @@ def _refuse_other_kinds(path: Path, first: bytes) -> None:
 def _tensor(path: Path, name: str, entry: Any, start: int, number: int) -> TensorInfo:
     where = f"{path}: {name}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise UsageError(
-            f"{where}: header entry must hold exactly dtype, shape and data_offsets; download this file again"
-        )
+        raise DamagedError(f"{where}: header entry must hold exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_SIZE:
         raise UsageError(f"{where}: unknown dtype {dtype!r}; known: {' '.join(DTYPE_SIZE)}")
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
-        raise UsageError(f"{where}: shape {str(shape)[:80]} is not a list of sizes; download this file again")
+        raise DamagedError(f"{where}: shape {str(shape)[:80]} is not a list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise UsageError(f"{where}: data_offsets {str(offsets)[:80]} are not two positions; download this file again")
+        raise DamagedError(f"{where}: data_offsets {str(offsets)[:80]} are not two positions")
     begin, end = offsets
     need = math.prod(shape) * DTYPE_SIZE[dtype]
     if end - begin != need:
-        raise UsageError(
-            f"{where}: header spans {end - begin} bytes, shape {shape} {dtype} needs {need}; download this file again"
-        )
+        raise DamagedError(f"{where}: header spans {end - begin} bytes, shape {shape} {dtype} needs {need}")
     return TensorInfo(name, number, dtype, tuple(shape), start + begin, need)
 
 
@@ -263,29 +253,28 @@ def _check_tiling(path: Path, infos: Iterable[TensorInfo], start: int, size: int
     for info in sorted(infos, key=lambda i: (i.offset, i.nbytes)):
         if info.offset != position:
             relation = "overlaps" if info.offset < position else "leaves a gap after"
-            raise UsageError(
+            raise DamagedError(
                 f"{path}: {info.name} {relation} {before}: it starts at data byte {info.offset - start},"
-                f" {before} ends at {position - start}; download this file again"
+                f" {before} ends at {position - start}"
             )
         position, before = info.offset + info.nbytes, info.name
     if position != size:
         what = "truncated" if position > size else "trailing bytes"
-        raise UsageError(
-            f"{path}: {what}: header describes {position - start} data bytes, the file holds {size - start};"
-            " download it again"
+        raise DamagedError(
+            f"{path}: {what}: header describes {position - start} data bytes, the file holds {size - start}"
         )
 
 
 @contextmanager
 def advising(advice: str) -> Iterator[None]:
-    """Checks inside are of files that were made here, not downloaded: UsageError's advice becomes `advice`."""
+    """Checks inside are of files that were made here, not downloaded: a DamagedError's advice becomes `advice`."""
     try:
         yield
-    except UsageError as error:
-        raise UsageError(_DOWNLOAD.sub(lambda _: advice, str(error))) from error
+    except DamagedError as error:
+        raise DamagedError(error.what, advice) from error
 
 
-def load_json(path: Path, limit: int, advice: str = AGAIN) -> Any:
+def load_json(path: Path, limit: int, advice: str = DOWNLOAD) -> Any:
     """Parse a JSON file of at most `limit` bytes. Raises UsageError, also for a key that stands twice in an object.
 
     advice: the next step, for a file that is damaged.
@@ -300,21 +289,21 @@ def load_json(path: Path, limit: int, advice: str = AGAIN) -> Any:
     return parse_json(raw, str(path), advice)
 
 
-def parse_json(raw: bytes, where: str, advice: str = AGAIN) -> Any:
-    """Parse strict UTF-8 JSON without repeated keys. Raises UsageError that starts with `where`, ends with `advice`."""
+def parse_json(raw: bytes, where: str, advice: str = DOWNLOAD) -> Any:
+    """Parse strict UTF-8 JSON without repeated keys. Raises DamagedError that starts with `where`."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
             seen: set[str] = set()
             twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-            raise UsageError(f"{where}: {twice!r} stands twice in one object; {advice}")
+            raise DamagedError(f"{where}: {twice!r} stands twice in one object", advice)
         return result
 
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: not valid JSON ({error}); {advice}") from error
+        raise DamagedError(f"{where}: not valid JSON ({error})", advice) from error
 
 
 class Source:

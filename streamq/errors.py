@@ -4,6 +4,8 @@ A message says what, where, both numbers where there are two, and the next step.
 `error: ` and exits with the class's status.
 """
 
+DOWNLOAD = "download it again"
+
 
 class StreamqError(Exception):
     """Base of every error that is meant for the user's eyes."""
@@ -15,6 +17,17 @@ class UsageError(StreamqError):
     """Options, a recipe or an input that cannot be worked with: found before anything is written. Exit status 2."""
 
     status = 2
+
+
+class DamagedError(UsageError):
+    """A file that is cut short, or not of its format. `advice`: what gets its reader a sound one."""
+
+    def __init__(self, what: str, advice: str = DOWNLOAD) -> None:
+        super().__init__(what, advice)
+        self.what, self.advice = what, advice
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.advice}"
 
 
 class RunError(StreamqError):

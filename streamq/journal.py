@@ -20,8 +20,8 @@ from typing import Any
 
 from streamq import __version__
 from streamq.card import is_card
-from streamq.checkpoint import AGAIN, Source, load_json
-from streamq.errors import RunError, UsageError
+from streamq.checkpoint import Source, load_json
+from streamq.errors import DamagedError, RunError, UsageError
 from streamq.lora import Lora
 from streamq.plan import Plan, check_disk
 from streamq.savers import formats
@@ -410,7 +410,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         document = load_json(path, MAX_MANIFEST_BYTES)
     except UsageError as error:
-        raise bad(str(error).removeprefix(f"{path}: ").removesuffix(f"; {AGAIN}")) from error
+        what = error.what if isinstance(error, DamagedError) else str(error)
+        raise bad(what.removeprefix(f"{path}: ")) from error
     if not isinstance(document, dict) or not isinstance(document.get("plan"), str):
         raise bad("no plan in it")
     files, made = document.get("files"), document.get("formats")

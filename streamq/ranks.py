@@ -50,7 +50,7 @@ class Ranks:
         own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         try:
             sizes = self._exchange(torch.tensor([own.numel()]), [1] * self.count)
-            return [pickle.loads(part.numpy()) for part in self._exchange(own, [int(size) for size in sizes])]
+            return [pickle.loads(part.numpy().data) for part in self._exchange(own, [int(size) for size in sizes])]
         except RuntimeError as error:
             self.sent.clear()  # whoever still waits for it hears that this one has gone, too
             raise RunError(
@@ -74,7 +74,8 @@ class Ranks:
         coming = [distributed.irecv(found[number], number) for number in others]
         sent = [(distributed.isend(own, number), own) for number in others]
         for work in coming:
-            work.wait()
+            if work is not None:  # as it is for whoever is not in the group; everybody is
+                work.wait()
         self.sent[:] = sent
         return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -23,6 +24,7 @@ from resume_kit import KILLED, THOROUGH, Models, Work, Works
 from torch.distributed import TCPStore
 
 from streamq import together
+from streamq.errors import DamagedError, RunError, UsageError
 from streamq.methods.statistics import InputStatistics, Wanted
 from streamq.options import QuantOptions
 from streamq.plan import Plan
@@ -207,6 +209,13 @@ def test_a_damaged_layer_is_told_once(runs: Runs, own_model: Models, tmp_path: P
     assert [one.status for one in found] == [1, 1] and len(errors) == 1 and "NaN" in errors[0], [
         one.err for one in found
     ]
+
+
+def test_errors_go_from_process_to_process() -> None:
+    """As the first one's failure does, with its kind and its words."""
+    for error in (UsageError("a"), RunError("b"), DamagedError("c"), DamagedError("d", "make it anew")):
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), str(again), again.status) == (type(error), str(error), error.status)
 
 
 def test_not_the_same_command(runs: Runs, models: Models, tmp_path: Path) -> None:

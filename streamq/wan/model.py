@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamq.checkpoint import Checkpoint, TensorInfo, load_json, open_checkpoint
-from streamq.errors import UsageError, nearest
+from streamq.errors import DamagedError, UsageError, nearest
 from streamq.wan.names import (
     BLOCK_BACK,
     BLOCK_LINEARS,
@@ -289,15 +289,15 @@ def _check_blocks(checkpoint: Checkpoint, tensors: dict[str, TensorInfo], n_bloc
             optional = {"proj_in.weight", "proj_in.bias"} if kind == "vace_blocks" else set()
             for inner in sorted((first.keys() ^ mine.keys()) - optional):
                 present, absent = (i, 0) if inner in mine else (0, i)
-                raise UsageError(
+                raise DamagedError(
                     f"{checkpoint.root}: {kind}.{present}.{inner} has no counterpart in {kind}.{absent}:"
-                    f" block {i} has {len(mine)} tensors, block 0 {len(first)}; download the checkpoint again"
+                    f" block {i} has {len(mine)} tensors, block 0 {len(first)}"
                 )
             for inner, info in mine.items():
                 if inner in first and info.shape != first[inner].shape:
-                    raise UsageError(
+                    raise DamagedError(
                         f"{checkpoint.where(info)}: shape {list(info.shape)}, block 0 has {list(first[inner].shape)};"
-                        " every block of a Wan model has block 0's shapes: download it again"
+                        " every block of a Wan model has block 0's shapes"
                     )
 
 
@@ -313,9 +313,7 @@ def _check_shapes(
             if where and name.removesuffix(".weight") in OPTIONAL_LINEARS:
                 continue
             called = to_native(where + name) if layout == "native" else where + name
-            raise UsageError(
-                f"{checkpoint.root}: {called} is missing; not a complete Wan transformer: download it again"
-            )
+            raise DamagedError(f"{checkpoint.root}: {called} is missing; not a complete Wan transformer")
         if len(info.shape) != len(shape) or any(
             w not in ("*", d) or d == 0 for d, w in zip(info.shape, shape, strict=True)
         ):
