@@ -61,9 +61,8 @@ class Ranks:
     def _exchange(self, own: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
         """Everybody's tensor, by their sizes. Waits for what comes and not for what leaves.
 
-        Of a process that dies, gloo (as in torch 2.13) always tells whoever waits to receive, but one in about a
-        thousand that wait for a send, `all_gather` among them, is never woken. What was sent the last time has arrived
-        when all have answered.
+        Of a process that dies, gloo (as in torch 2.13) tells whoever waits to receive, but now and then whoever waits
+        for a send, as `all_gather` does, is never woken. What was sent last has arrived when all have answered.
         """
         import torch
         from torch import distributed
