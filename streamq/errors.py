@@ -30,6 +30,10 @@ class DamagedError(UsageError):
         return f"{self.what}; {self.advice}"
 
 
+class QuantizedError(UsageError):
+    """A checkpoint where a float one is needed that is quantized already."""
+
+
 class RunError(StreamqError):
     """The work itself failed: a bad weight, a full disk, a source that changed. Exit status 1."""
 

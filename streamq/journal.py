@@ -409,9 +409,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
     try:
         document = load_json(path, MAX_MANIFEST_BYTES)
-    except UsageError as error:
-        what = error.what if isinstance(error, DamagedError) else str(error)
-        raise bad(what.removeprefix(f"{path}: ")) from error
+    except DamagedError as error:
+        raise bad(error.what.removeprefix(f"{path}: ")) from error
     if not isinstance(document, dict) or not isinstance(document.get("plan"), str):
         raise bad("no plan in it")
     files, made = document.get("files"), document.get("formats")

@@ -29,7 +29,7 @@ FAILED = "streamq/failed"
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run: this one's number, how many, and how many of them on this machine."""
+    """The processes of a run: this one's number, how many, their launcher's store, and what was sent last."""
 
     number: int = 0
     count: int = 1
@@ -148,7 +148,7 @@ def connect() -> Ranks:
 
 def disconnect(ranks: Ranks) -> None:
     """This process needs the others no more, and they have heard its last word."""
-    for work, _ in ranks.sent:
-        with suppress(RuntimeError):  # gone, and nobody's result depends on it any more
+    with suppress(RuntimeError):  # one is gone: so the others end too, whether or not they hear of it from here
+        for work, _ in ranks.sent:
             work.wait(LAST_WORDS)
     ranks.sent.clear()

@@ -16,7 +16,7 @@ from streamq.calibration.encoders import Parts, find_parts
 from streamq.calibration.settings import Prompt
 from streamq.checkpoint import load_json, open_checkpoint
 from streamq.device import kind_of
-from streamq.errors import UsageError
+from streamq.errors import QuantizedError, UsageError
 from streamq.generation import folder
 from streamq.generation.layers import Weights, float_weights, identity, quantized_weights
 from streamq.generation.settings import DTYPES, Figures, GenerateSettings, figures_of, stem_of
@@ -204,8 +204,8 @@ def _open(option: str, path: Path, wanted: tuple[str, ...], root: Path) -> dict[
 def _float(option: str, path: Path) -> list[wan.Expert]:
     try:
         return wan.open_model(path)
-    except UsageError as error:
-        if "quantized already" not in str(error) or (path / "config.json").is_file():
+    except QuantizedError as error:
+        if (path / "config.json").is_file():
             raise
         raise UsageError(
             f"--{option} {path}: quantized, in a format that cannot be told without its config.json, which is missing;"

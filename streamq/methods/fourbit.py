@@ -103,9 +103,7 @@ def _quantize_input(
 ) -> tuple[Tensor, Tensor]:
     x = x if smooth is None else x.float() / smooth
     groups = _grouped(x.to(half).float(), GROUP[precision])
-    amax = torch.maximum(groups.amax(dim=-1), groups.amin(dim=-1).neg_())
-    if amax.device.type == "cuda":
-        amax.abs_()  # of zeros +0, as the kernel has it
+    amax = torch.maximum(groups.amax(dim=-1), groups.amin(dim=-1).neg_()).abs_()  # of zeros +0 on every device
     exact = amax.mul_(1 / TOP[precision])  # the kernels multiply by the fp32 reciprocal
     if precision == "nvfp4":
         exact.clamp_max_(E4M3_MOST)

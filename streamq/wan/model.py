@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamq.checkpoint import Checkpoint, TensorInfo, load_json, open_checkpoint
-from streamq.errors import DamagedError, UsageError, nearest
+from streamq.errors import DamagedError, QuantizedError, UsageError, nearest
 from streamq.wan.names import (
     BLOCK_BACK,
     BLOCK_LINEARS,
@@ -206,11 +206,11 @@ def describe(checkpoint: Checkpoint, *, quantized: bool = False) -> Model:
         if quantized and _QUANTIZED_NAME.match(stored):
             continue
         if not quantized and (info.dtype not in FLOAT_DTYPES or _QUANTIZED_NAME.match(stored)):
-            why = "" if info.dtype in ("F64", "I64") else ", so the source is quantized already"
-            raise UsageError(
-                f"{checkpoint.where(info)}: dtype {info.dtype}{why}; streamq reads F32, BF16 and F16 checkpoints:"
-                " give the float original"
-            )
+            what = f"{checkpoint.where(info)}: dtype {info.dtype}"
+            reads = "streamq reads F32, BF16 and F16 checkpoints: give the float original"
+            if info.dtype in ("F64", "I64"):
+                raise UsageError(f"{what}; {reads}")
+            raise QuantizedError(f"{what}, so the source is quantized already; {reads}")
         if not stored.startswith(prefix):
             raise UsageError(f"{checkpoint.where(info)}: lacks the prefix {prefix!r} of the others; not one Wan model")
         name = _inside(stored.removeprefix(prefix), layout, warnings)
