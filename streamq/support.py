@@ -15,10 +15,9 @@ from streamq.pairs import QConfig
 from streamq.quantized import Rule, Scheme
 from streamq.recipe import AttentionStep, LinearQuant, Recipe, SmoothStep, parse_recipe
 from streamq.savers import formats
-from streamq.wan.names import BLOCK_LINEARS, to_native
+from streamq.wan.names import BLOCK_LINEARS, OUTER_LINEARS, to_native
 
 BLOCKS = 40  # a model with as many as the largest, so that recipes that name blocks match
-OUTER = ("text_embedding.0", "text_embedding.2", "time_projection.1", "head.head", "img_emb.proj.1", "img_emb.proj.3")
 DTYPES = {"fp8_e4m3": "e4m3", "mxfp8": "e4m3", "mxfp4": "e2m1", "nvfp4": "e2m1"}
 SCOPES = {"per_channel": "per output channel", "per_tensor": "one scale", "per_token": "per token"}
 GROUPS = {"int4": 64, "nvfp4": 16}  # of per_group; per_block is 32 everywhere
@@ -43,7 +42,7 @@ def _metadata() -> list[dict[str, Any]]:
 def layers_of(form: str) -> list[str]:
     """Native names of the linear layers that a recipe can reach in a format."""
     inside = [to_native(f"blocks.{i}.{layer}") for i in range(BLOCKS) for layer in BLOCK_LINEARS]
-    return [*inside, *(OUTER if formats()[form].OUTER else ())]
+    return [*inside, *(OUTER_LINEARS if formats()[form].OUTER else ())]
 
 
 def table() -> str:

@@ -48,6 +48,10 @@ BLOCK_LINEARS = (
     "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0",
     "ffn.net.0.proj", "ffn.net.2",
 )  # fmt: skip
+# The linear layers outside the blocks that some formats quantize, by native name.
+OUTER_LINEARS = (
+    "text_embedding.0", "text_embedding.2", "time_projection.1", "head.head", "img_emb.proj.1", "img_emb.proj.3",
+)  # fmt: skip
 OPTIONAL_LINEARS = ("attn2.add_k_proj", "attn2.add_v_proj", "proj_in", "proj_out")
 BLOCK_ORDER = (
     "scale_shift_table", *BLOCK_LINEARS[:4], "attn1.norm_q", "attn1.norm_k", "norm2", *BLOCK_LINEARS[4:8],
